@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import logging
 import multiprocessing
 import os
@@ -178,10 +179,28 @@ def corpus_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def with_begin_tokens(corpus_dir: Path, output: Path, begin: tuple[int, ...]) -> Path:
     """The same corpus, whose windows are to be read with these tokens before them."""
+    return _with_tokenizer(corpus_dir, output, begin_of_document_ids=list(begin))
+
+
+def with_vocabulary(corpus_dir: Path, output: Path, sha256: str) -> Path:
+    """The same corpus, which says that its ids are of this vocabulary."""
+    return _with_tokenizer(corpus_dir, output, vocabulary_sha256=sha256)
+
+
+def _with_tokenizer(corpus_dir: Path, output: Path, **changes: Any) -> Path:
     shutil.copytree(corpus_dir, output)
     manifest = read_sealed_json(output / "manifest.json")
-    manifest["tokenizer"]["begin_of_document_ids"] = list(begin)
+    manifest["tokenizer"] |= changes
     publish_json(output / "manifest.json", manifest, seal=True)
+    return output
+
+
+def with_two_ids_swapped(tokenizer: Path, output: Path) -> Path:
+    """The same tokenizer.json, in which two tokens have each other's id."""
+    rules = json.loads(tokenizer.read_text(encoding="utf-8"))
+    ids = rules["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    output.write_text(json.dumps(rules), encoding="utf-8")
     return output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -25,7 +24,7 @@ from mlpmem_ds.engines.model_files import (
 )
 from mlpmem_ds.formats.corpus import open_corpus
 
-from ..conftest import with_begin_tokens
+from ..conftest import with_begin_tokens, with_two_ids_swapped
 
 
 @pytest.fixture
@@ -115,10 +114,7 @@ def test_each_of_several_corpora_must_fit_the_model(corpus_dir: Path, tmp_path: 
     shutil.copyfile(corpus_dir / "tokenizer" / "tokenizer.json", tmp_path / "tokenizer.json")
     own = [open_corpus(corpus_dir, name) for name in ("train", "tuning")]
     other = shutil.copytree(corpus_dir, tmp_path / "other")
-    rules = json.loads((corpus_dir / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = rules["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+    with_two_ids_swapped(tmp_path / "tokenizer.json", other / "tokenizer" / "tokenizer.json")
     check_model_reads(str(tmp_path), own, vocab_size=300, max_context=64)
     swapped = replace(own[1], root=other)
     with pytest.raises(UserError, match=f"another vocabulary than the corpus {other}: '.' is"):

@@ -32,10 +32,13 @@ from mlpmem_ds.formats.evaluation import (
     CurvePoint,
     Evaluation,
     Machine,
+    ReportManifest,
     Settings,
     SplitFigures,
+    write_evaluation,
 )
 from mlpmem_ds.formats.keys import KeysManifest, file_name, unit_name
+from mlpmem_ds.formats.trained_models import MemoryManifest, Provenance, write_weights
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -352,6 +355,45 @@ def make_runs(
         return Runs(tmp_path_factory.mktemp("runs"), forked_training, flags, stage=stage)
 
     return make
+
+
+def publish_memory(
+    root: Path, shape: MemoryConfig, provenance: Provenance, *, seed: int, config: Any = None
+) -> Path:
+    """A random memory as `launch/train.py` leaves it."""
+    torch.manual_seed(seed)
+    weights = Memory(shape).state_dict()
+    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
+    stage = open_stage(
+        root,
+        stage=MemoryManifest.FORMAT,
+        version=MemoryManifest.VERSION,
+        config=config or Flags(),
+        inputs={},
+        world=World(),
+    )
+    stage.run_units(
+        ["weights"],
+        lambda _, writer: write_weights(writer, weights, memory=manifest.memory, provenance=provenance),
+    )
+    stage.complete(["weights"], lambda: manifest)
+    return root
+
+
+def save_report(root: Path, evaluation: Evaluation, *, inputs: Mapping[str, str]) -> Path:
+    """A report as `launch/evaluate.py` leaves it, without scores."""
+    stage = open_stage(root, stage="report", version=1, config=Flags(), inputs=inputs, world=World())
+    write_evaluation(root, evaluation)
+    arms = tuple(arm.name for arm in evaluation.arms)
+    manifest = ReportManifest(tokens=evaluation.tokens, arms=arms, settings=evaluation.settings)
+    stage.complete([], lambda: manifest)
+    return root
+
+
+def write_lines(path: Path, records: Sequence[Any]) -> Path:
+    """JSON lines, with an empty one at the end, as editors leave it."""
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
+    return path
 
 
 def save_export(root: Path, base_dir: Path, corpus_dir: Path, *, lmbda: float) -> Path:

@@ -7,6 +7,11 @@ from typing import Any
 from mlpmem_ds.benchmarks.quality.results import ArmRow, QualityResult, RatioResult, TextResult
 
 
+def in_one_line(text: str) -> str:
+    """Without line breaks, which lie where the width of the page has them."""
+    return " ".join(text.split())
+
+
 def make_row(arm: str, ppl: float, **changes: Any) -> ArmRow:
     fields: dict[str, Any] = {
         "description": f"what {arm} is",

@@ -8,15 +8,11 @@ from pathlib import Path
 from mlpmem_ds.benchmarks.quality.arms import ENSEMBLE_GATE
 from mlpmem_ds.benchmarks.quality.page import publish_page, render_page
 
-from .conftest import make_result
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
+from .conftest import in_one_line, make_result
 
 
 def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> None:
-    page = _words(render_page([make_result()]))
+    page = in_one_line(render_page([make_result()]))
     holds, rest = page.split("**Does not hold**")
     fails, unclear = rest.split("**Cannot be said**")
     assert "- what recovered_share means (at least 1 was the goal): **1.500** (tiny, domain text)" in holds
@@ -27,14 +23,14 @@ def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> Non
 def test_a_ratio_without_a_value_is_named_with_the_reason() -> None:
     result = make_result()
     ratio = replace(result.ratios[0], value=None, interval=None, by_seed=(None, 1.5), is_clear=False)
-    page = _words(render_page([replace(result, ratios=(ratio,))]))
+    page = in_one_line(render_page([replace(result, ratios=(ratio,))]))
     _, without = page.split("**Has no value**, for what it is a share of gained nothing:")
     assert f"- what {ratio.name} means (at least 1 was the goal): **–** (tiny, domain text)" in without
     assert f"| `{ratio.name}` | domain | – | – | – 1.500 |" in page
 
 
 def test_the_overview_has_a_line_a_text_with_the_changes_against_the_base() -> None:
-    page = _words(render_page([make_result()]))
+    page = in_one_line(render_page([make_result()]))
     assert "| tiny: a manual | 20.00 | 18.00 (−10.0 %) | 17.00 (−15.0 %) | 16.00 (−20.0 %) |" in page
 
 
@@ -42,7 +38,7 @@ def test_the_overview_has_a_second_model_under_a_gate() -> None:
     result = make_result()
     (text,) = result.texts
     gated = replace(text.rows[3], arm=ENSEMBLE_GATE, ppl=15.0, change=-0.25, other_change=-0.01)
-    page = _words(render_page([replace(result, texts=(replace(text, rows=(*text.rows, gated)),))]))
+    page = in_one_line(render_page([replace(result, texts=(replace(text, rows=(*text.rows, gated)),))]))
     assert "| 16.00 (−20.0 %) | 15.00 (−25.0 %) |" in page and "| +30.0 % | −1.0 % |" in page
 
 
@@ -50,7 +46,7 @@ def test_a_preset_without_a_memory_has_dashes_in_the_overview() -> None:
     result = make_result()
     (text,) = result.texts
     bare = replace(text, rows=(text.rows[0], text.rows[3]))
-    page = _words(render_page([replace(result, texts=(bare,), ratios=())]))
+    page = in_one_line(render_page([replace(result, texts=(bare,), ratios=())]))
     assert "| tiny: a manual | 20.00 | – | – | 16.00 (−20.0 %) | – | – | +30.0 % | – |" in page
     assert "Better than" not in page
 
@@ -89,6 +85,6 @@ def test_a_long_command_goes_over_several_lines_of_whole_words() -> None:
 
 
 def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
-    page = _words(render_page([make_result("tiny"), make_result("small")]))
+    page = in_one_line(render_page([make_result("tiny"), make_result("small")]))
     values = "**1.500** (small, domain text), **1.500** (tiny, domain text)"
     assert page.count(f"what recovered_share means (at least 1 was the goal): {values}") == 1

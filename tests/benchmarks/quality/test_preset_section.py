@@ -8,23 +8,19 @@ from mlpmem_ds.benchmarks.quality.preset_section import preset_section
 from mlpmem_ds.benchmarks.quality.results import QualityResult
 from mlpmem_ds.formats.answers import ArmScores, SetScores
 
-from .conftest import make_result
+from .conftest import in_one_line, make_result
 
 
 def _section(result: QualityResult) -> str:
     return "\n\n".join(preset_section(result, plot="results/tiny.png"))
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
-
-
 def test_few_documents_are_a_warning() -> None:
-    assert "Fewer than 20 documents: take the intervals" in _words(_section(make_result()))
+    assert "Fewer than 20 documents: take the intervals" in in_one_line(_section(make_result()))
 
 
 def test_arms_that_beat_the_memory_are_named() -> None:
-    section = _words(_section(make_result()))
+    section = in_one_line(_section(make_result()))
     assert "Better than `base+memory` (17.00) on this text: `continued` (16.00)." in section
 
 
@@ -36,7 +32,9 @@ def test_a_preset_without_a_memory_has_no_comparison_with_it() -> None:
 
 
 def test_arms_that_were_left_out_are_named_with_their_package() -> None:
-    assert "Left out, because a package was not installed: `lora` (peft)." in _words(_section(make_result()))
+    assert "Left out, because a package was not installed: `lora` (peft)." in in_one_line(
+        _section(make_result())
+    )
 
 
 def test_question_sets_stand_with_the_change_against_the_base() -> None:

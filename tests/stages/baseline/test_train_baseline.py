@@ -1,6 +1,5 @@
 """Baselines of a memory: each kind learns, resumes to the same bytes, is a plain model at the end."""
 
-import json
 import math
 import signal
 
@@ -14,6 +13,8 @@ from mlpmem_ds.core.config import parse_config
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.baseline.config import Config
+
+from ...conftest import with_two_ids_swapped
 
 VOCAB_SIZE = 300
 FLAGS = {"batch_tokens": 256, "epochs": 2, "log_every_steps": 1}
@@ -235,10 +236,7 @@ def test_wrong_inputs_leave_the_disk_untouched(runs, changes, said):
 def test_a_model_that_cannot_read_the_corpus_is_refused(runs, corpus_dir, tmp_path, shape, changes, said):
     values = {"vocab_size": VOCAB_SIZE, "n_positions": 64, **shape}
     if values.pop("swap", False):
-        tokenizer = json.loads((open_corpus(corpus_dir).tokenizer_path / "tokenizer.json").read_text())
-        words = tokenizer["model"]["vocab"]
-        words["a"], words["b"] = words["b"], words["a"]
-        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with_two_ids_swapped(corpus_dir / "tokenizer" / "tokenizer.json", tmp_path / "tokenizer.json")
     config = GPT2Config(n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0, **values)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     runs.refuse(said, "wrong", 2, kind="continued", model=tmp_path, **changes)

@@ -16,15 +16,14 @@ from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
-from mlpmem_ds.formats.evaluation import ReportManifest, write_evaluation
 from mlpmem_ds.formats.keys import open_keys
-from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
+from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
 from ...manifests import make_provenance, targets_manifest
-from ..conftest import make_arm, make_curve, make_evaluation
+from ..conftest import make_arm, make_curve, make_evaluation, publish_memory, save_report
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,7 +53,6 @@ def convert(*words: object) -> int:
 
 def save_memory(root: Path, flags: MemoryFlags, *, seed: int = 1, **changes: Any) -> Path:
     """A memory as launch/train.py leaves it, its weights random and wide."""
-    torch.manual_seed(seed)
     shape = MemoryConfig(
         input_size=16,
         hidden_size=24,
@@ -80,27 +78,11 @@ def save_memory(root: Path, flags: MemoryFlags, *, seed: int = 1, **changes: Any
         "epochs": 2.0,
     }
     provenance = make_provenance(**fields | changes)
-    directory = open_stage(root, stage="memory", version=1, config=flags, inputs={}, world=World())
-
-    def write(_: str, writer: Any) -> None:
-        write_weights(writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance)
-
-    directory.run_units(["weights"], write)
-    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    directory.complete(["weights"], lambda: manifest)
-    return root
+    return publish_memory(root, shape, provenance, seed=seed, config=flags)
 
 
-def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Path:
-    inputs = {"base+other": sha256_of_file(memory / "manifest.json")}
-    directory = open_stage(
-        root,
-        stage="report",
-        version=1,
-        config=MemoryFlags(corpus=root, keys=root, targets=root),
-        inputs=inputs,
-        world=World(),
-    )
+def save_report_of(memory: Path, root: Path, *, lmbda: float | None = LAMBDA) -> Path:
+    """A report of an evaluation that scored this memory as base+other."""
     other = make_arm(
         "base+other",
         64.5,
@@ -109,13 +91,8 @@ def save_report(root: Path, memory: Path, *, lmbda: float | None = LAMBDA) -> Pa
         lmbda=lmbda,
         tuning_curve=make_curve({0.0: 70.0, 0.35: 63.25}),
     )
-    evaluation = make_evaluation(make_arm("base", 71.7), other)
-    write_evaluation(root, evaluation)
-    manifest = ReportManifest(
-        tokens=evaluation.tokens, arms=("base", "base+other"), settings=evaluation.settings
-    )
-    directory.complete([], manifest.to_json)
-    return root
+    inputs = {"base+other": sha256_of_file(memory / "manifest.json")}
+    return save_report(root, make_evaluation(make_arm("base", 71.7), other), inputs=inputs)
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +113,7 @@ def memory_dir(tmp_path_factory: pytest.TempPathFactory, flags: MemoryFlags) -> 
 def export_dir(tmp_path_factory: pytest.TempPathFactory, memory_dir: Path, base_dir: Path) -> Path:
     """In several weights files, its λ and perplexities from a report."""
     root = tmp_path_factory.mktemp("export")
-    report = save_report(root / "report", memory_dir)
+    report = save_report_of(memory_dir, root / "report")
     words = ("--checkpoint", memory_dir, "--model", base_dir, "--report", report, "--output", root / "export")
     assert convert(*words, "--max-shard-gigabytes", 2e-5) == 0
     return root / "export"

@@ -10,12 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mlpmem_ds.core.config import Flags
-from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import vocabulary_sha256
-from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights, write_weights
+from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory import Memory
@@ -24,6 +22,7 @@ from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
 
 from ...manifests import make_provenance
+from ..conftest import publish_memory
 
 VOCAB, WIDTH = 300, 16
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
@@ -77,7 +76,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
-    torch.manual_seed(1)
     shape = MemoryConfig(
         input_size=WIDTH,
         hidden_size=24,
@@ -91,16 +89,7 @@ def save_memory(root: Path, base: Path, tokenizer: Path, family: str) -> Path:
         base=fingerprint_model(str(base)),
         vocabulary_sha256=vocabulary_sha256(AutoTokenizer.from_pretrained(tokenizer)),
     )
-    directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
-    directory.run_units(
-        ["weights"],
-        lambda _, writer: write_weights(
-            writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance
-        ),
-    )
-    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    directory.complete(["weights"], lambda: manifest)
-    return root
+    return publish_memory(root, shape, provenance, seed=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

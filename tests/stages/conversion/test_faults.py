@@ -22,7 +22,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import weight_shards
 from mlpmem_ds.stages.conversion import convert_checkpoint
 
-from .conftest import ROOT, MemoryFlags, convert, save_memory, save_report
+from .conftest import ROOT, MemoryFlags, convert, save_memory, save_report_of
 
 
 def test_rerun_says_complete_and_a_damaged_export_is_made_again(
@@ -230,8 +230,8 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
     no_corpus = save_memory(tmp_path / "no_corpus", flags, corpus="0" * 64)
     other_words = save_memory(tmp_path / "other_words", flags, vocabulary_sha256="0" * 64)
     other_layer = save_memory(tmp_path / "other_layer", flags, input_layer=2)
-    report = save_report(tmp_path / "report", no_corpus)
-    useless = save_report(tmp_path / "useless", memory_dir, lmbda=None)
+    report = save_report_of(no_corpus, tmp_path / "report")
+    useless = save_report_of(memory_dir, tmp_path / "useless", lmbda=None)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "mine.txt").write_text("keep me")

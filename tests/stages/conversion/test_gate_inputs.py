@@ -27,7 +27,7 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
 from mlpmem_ds.stages.generation import generate
 
-from .conftest import IDS, MemoryFlags, convert, save_memory, save_report
+from .conftest import IDS, MemoryFlags, convert, save_memory, save_report_of
 
 
 def save_gate(
@@ -150,7 +150,7 @@ def test_what_the_gate_was_not_fitted_for_is_refused(
 ) -> None:
     gate = save_gate(tmp_path / "gate", base_dir, [bank[0]])
     other_base = save_gate(tmp_path / "other", base_dir, [bank[0]], base="ab" * 32)
-    report = save_report(tmp_path / "report", bank[0])
+    report = save_report_of(bank[0], tmp_path / "report")
     second = (GateMemory(name="second_model", sha256="cd" * 32),)  # as fit_gate --ensemble leaves it
     of_model = save_gate(tmp_path / "of_model", base_dir, [bank[0]], memories=second)
     words = ("--model", base_dir, "--output", tmp_path / "export")

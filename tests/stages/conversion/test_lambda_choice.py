@@ -14,7 +14,7 @@ from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
 from mlpmem_ds.stages.conversion.lambda_choice import choose_lambda, read_report
 
-from .conftest import LAMBDA, MemoryFlags, save_memory, save_report
+from .conftest import LAMBDA, MemoryFlags, save_memory, save_report_of
 
 
 def _gate(*fixed: float) -> Any:
@@ -42,7 +42,7 @@ def test_what_was_not_tuned_or_does_not_help_is_a_warning(caplog: pytest.LogCapt
 def test_a_report_gives_the_lambda_of_this_memory_and_none_of_a_bank(
     memory_dir: Path, tmp_path: Path, flags: MemoryFlags
 ) -> None:
-    trained, report = read_weights(memory_dir), save_report(tmp_path / "report", memory_dir)
+    trained, report = read_weights(memory_dir), save_report_of(memory_dir, tmp_path / "report")
     assert read_report(None, [(trained, memory_dir)]) == (None, None)
     opened, lmbda = read_report(report, [(trained, memory_dir)])
     assert opened is not None and lmbda == LAMBDA

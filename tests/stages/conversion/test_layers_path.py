@@ -13,14 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import vocabulary_sha256
-from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
-from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.inputs import Config
@@ -29,6 +25,7 @@ from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
 from mlpmem_ds.stages.evaluation.inputs import find_layers_path
 
 from ...manifests import make_provenance
+from ..conftest import publish_memory
 
 PATH = "transformer.h"
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
@@ -86,16 +83,7 @@ def memory(base: Path, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactor
         vocabulary_sha256=vocabulary_sha256(tokenizer),
         input_layers_path=PATH,
     )
-    directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
-    directory.run_units(
-        ["weights"],
-        lambda _, writer: write_weights(
-            writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance
-        ),
-    )
-    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    directory.complete(["weights"], lambda: manifest)
-    return root
+    return publish_memory(root, shape, provenance, seed=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -17,14 +17,12 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from mlpmem_ds.core.config import Flags
-from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
-from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
 from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
 from mlpmem_ds.formats.targets import TargetsManifest
-from mlpmem_ds.formats.trained_models import MemoryManifest, write_weights
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -34,6 +32,7 @@ from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.retrieval.knn_scorer import NEIGHBOUR_DIVISORS
 
 from ...manifests import make_provenance, targets_manifest
+from ..conftest import publish_memory
 
 UNIT, K, TEMPERATURE = 96, 24, 3.0
 NEIGHBOURS = [K // divisor for divisor in NEIGHBOUR_DIVISORS]
@@ -51,7 +50,6 @@ def save_memory(
     root: Path, keys: Keys, corpus: CorpusSplit, *, seed: int, alpha: float = 0.5, **changes: Any
 ) -> Path:
     """Write a random memory as `launch/train.py` leaves it; `changes` go into its provenance."""
-    torch.manual_seed(seed)
     shape = MemoryConfig(
         input_size=16,
         hidden_size=16,
@@ -72,14 +70,7 @@ def save_memory(
         "batch_positions": 512,
     }
     provenance = make_provenance(**fields | changes)
-    directory = open_stage(root, stage="memory", version=1, config=Flags(), inputs={}, world=World())
-
-    def compute(_: str, writer: UnitWriter) -> None:
-        write_weights(writer, Memory(shape).state_dict(), memory=shape.to_dict(), provenance=provenance)
-
-    manifest = MemoryManifest(memory=shape.to_dict(), provenance=provenance, training=None)
-    _finish(directory, "weights", compute, **manifest.to_json())
-    return root
+    return publish_memory(root, shape, provenance, seed=seed)
 
 
 def load_memory(root: Path) -> Memory:
@@ -104,7 +95,8 @@ def save_targets(
     )
     weighting = weighting or Weighting(temperature=TEMPERATURE)
     manifest = targets_manifest(weighting=weighting, k=K, search=search)
-    _finish(directory, "none", lambda _, writer: None, **manifest.to_json())
+    directory.run_units(["none"], lambda _, writer: None)
+    directory.complete(["none"], lambda: manifest)
     return root
 
 
@@ -119,11 +111,6 @@ def save_model(base_dir: Path, corpus_dir: Path, path: Path, *, seed: int) -> Pa
     shutil.copy(corpus_dir / "tokenizer" / "tokenizer.json", path)
     (path / "checkpoints").mkdir()  # as `train_base` leaves it next to the model
     return path
-
-
-def _finish(directory: StageDirectory, unit: str, compute: Any, **fields: Any) -> None:
-    directory.run_units([unit], compute)
-    directory.complete([unit], lambda: fields)
 
 
 @pytest.fixture(scope="session")

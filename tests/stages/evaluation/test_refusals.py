@@ -22,6 +22,7 @@ from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation import inputs as evaluation_inputs
 from mlpmem_ds.stages.evaluation.config import Config
 
+from ...conftest import with_two_ids_swapped
 from .conftest import Finished, save_memory, save_targets
 
 
@@ -101,11 +102,7 @@ def test_an_unfinished_control_is_refused(config: Config, artifacts: Path, tmp_p
 def test_a_model_with_another_vocabulary_is_refused(config: Config, artifacts: Path, tmp_path: Path) -> None:
     shutil.copytree(artifacts / "trained_on", tmp_path / "other_words")
     path = tmp_path / "other_words" / "tokenizer.json"
-    tokenizer = json.loads(path.read_bytes())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = sorted(vocabulary, key=vocabulary.get)[50:52]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    path.write_text(json.dumps(tokenizer))
+    with_two_ids_swapped(path, path)
     with pytest.raises(UserError, match="another vocabulary"):
         evaluate.run(replace(config, control=(f"other={tmp_path / 'other_words'}",)), World())
     assert not config.output.exists()

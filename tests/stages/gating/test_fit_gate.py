@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import publish_json, read_sealed_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.gates import read_gate
@@ -23,6 +21,7 @@ from mlpmem_ds.stages.evaluation.splits import Split, open_tuning_split
 from mlpmem_ds.stages.gating import fit_gate, fitting
 from mlpmem_ds.stages.gating.config import Config
 
+from ...conftest import with_vocabulary
 from ..evaluation.conftest import forward_base, load_memory, read_scores, save_memory
 from .conftest import Parts, make_config
 
@@ -87,6 +86,14 @@ def rebuilt(config: Config) -> LearnedGate:
     return load_gate(stored.manifest.gate, stored.weights)
 
 
+def weights_of(gate: LearnedGate, *features: np.ndarray) -> np.ndarray:
+    """What it gives each memory, fp64 [N, M], from its features in their order, [N, …] each."""
+    with torch.no_grad():
+        weights = gate.weights(torch.from_numpy(np.concatenate(features, 1)).float())
+    result: np.ndarray = weights.double().numpy()
+    return result
+
+
 @pytest.mark.parametrize("weighed", ["memory", "second_model"])
 def test_a_gate_and_its_figures_are_those_of_brute_force(
     parts: Parts, fitted: Config, second_gate: Config, weighed: str
@@ -108,9 +115,7 @@ def test_a_gate_and_its_figures_are_those_of_brute_force(
         np.testing.assert_allclose(
             read_scores(config.output, stream, f"base+{weighed}"), logs_N2[:, 1], rtol=1e-5, atol=1e-5
         )
-        features = torch.from_numpy(np.concatenate([confidences, histories], 1)).float()
-        with torch.no_grad():
-            weights = gate.weights(features)[:, 0].double().numpy()
+        weights = weights_of(gate, confidences, histories)[:, 0]
         # Those of whole documents, by hash, that chose when to stop.
         chosen = fitting.choose_stopping(_tuning(root), 0.5)
         assert text.stopping_positions == chosen.sum() and text.positions == len(chosen)
@@ -213,10 +218,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(
         tmp_path / "stranger", open_keys(keys_dir), open_corpus(parts.corpus), seed=3, base="0" * 64
     )
     refused("was trained for another base", memory=(str(other_base),))
-    other_words = shutil.copytree(parts.general, tmp_path / "words")
-    manifest = read_sealed_json(other_words / "manifest.json")
-    manifest["tokenizer"]["vocabulary_sha256"] = "5" * 64
-    publish_json(other_words / "manifest.json", manifest, seal=True)
+    other_words = with_vocabulary(parts.general, tmp_path / "words", "5" * 64)
     refused(f"another vocabulary .* than the corpus {other_words} has", general=(str(other_words),))
     refused("--ensemble second_model .*directory without config.json", memory=(), ensemble=str(tmp_path))
     for changes, match in (

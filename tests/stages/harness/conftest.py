@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.memory_config import MemoryConfig
-
-from ...joint_models import joined
+from ..conftest import save_export, write_lines
 
 WORDS = ("alpha", "beta", "gamma", "index", "value", "range")
 
 
-def write_lines(path: Path, records: list[Any]) -> Path:
-    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="session")
 def export_dir(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
-    torch.manual_seed(6)
-    output = tmp_path_factory.mktemp("run_lm_eval") / "export"
-    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
-    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    joined(base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)).save_pretrained(output)
-    AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(output)
-    return output
+    return save_export(tmp_path_factory.mktemp("run_lm_eval") / "export", base_dir, corpus_dir, lmbda=0.35)
 
 
 def local_files(folder: Path) -> dict[str, list[dict[str, Any]]]:

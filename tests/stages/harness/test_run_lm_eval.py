@@ -21,7 +21,7 @@ from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
 
 from ...lm_harness import leave_out_its_tasks, needs_harness
-from .conftest import write_lines
+from ..conftest import write_lines
 
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version"}
 ROOT = Path(__file__).parents[3]

@@ -29,7 +29,8 @@ from mlpmem_ds.stages.harness.run_suite import draw
 from mlpmem_ds.stages.harness.suites import SUITES, TASKS_FOLDER, open_suites
 
 from ...lm_harness import needs_harness
-from .conftest import local_files, write_lines
+from ..conftest import write_lines
+from .conftest import local_files
 
 LAMBDAS = (0.0, 0.4, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ CLUSTER = {
     "disk_gb": 1e5,
     "disk_gb_per_second": 50.0,
 }
+
+
+def bytes_of(root: Path) -> int:
+    """Of all files that a stage's manifest lists."""
+    return sum(entry["bytes"] for entry in json.loads((root / "manifest.json").read_text())["files"])
 
 
 def config(**changes: object) -> plan.Config:

@@ -29,6 +29,7 @@ from mlpmem_ds.stages.planning.workload import Machine, Workload
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.training import train
 
+from .conftest import bytes_of
 from .operation_counter import OperationCounter, counted_distances
 
 CLOSE = {"rel": 0.3}
@@ -94,10 +95,6 @@ def work_of(run: dict[str, Any], **changes: Any) -> Workload:
 def files_of(root: Path) -> int:
     listed = json.loads((root / "manifest.json").read_text())["files"]
     return len(listed) + len(list((root / "done").glob("*.json")))
-
-
-def bytes_of(root: Path) -> int:
-    return sum(entry["bytes"] for entry in json.loads((root / "manifest.json").read_text())["files"])
 
 
 def test_the_sizes_are_those_of_the_run(run: dict[str, Any], base: Path) -> None:

@@ -21,11 +21,7 @@ from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, costs, sec
 from mlpmem_ds.stages.planning.counts import candidates, operations, owners_of_query, sent_bytes
 from mlpmem_ds.stages.planning.workload import Machine
 
-from .conftest import CLUSTER, SHAPE, config
-
-
-def bytes_of(root: Path) -> int:
-    return sum(entry["bytes"] for entry in json.loads((root / "manifest.json").read_text())["files"])
+from .conftest import CLUSTER, SHAPE, bytes_of, config
 
 
 def test_bytes_follow_the_formats() -> None:

@@ -18,16 +18,13 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.answers import read_answers
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.question_files import Question
-from mlpmem_ds.models.capture_point import CapturePoint
-from mlpmem_ds.models.memory import Memory
-from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.questions import answer_questions
 from mlpmem_ds.stages.questions.answer_questions import draw_examples, prompt_with_examples
 from mlpmem_ds.stages.questions.config import Config
 from mlpmem_ds.stages.questions.passages import cut_passages
 from mlpmem_ds.stages.questions.results import interval_of_change
 
-from ...joint_models import joined
+from ..conftest import save_export, write_lines
 
 OPEN = [{"question": f"what is {word}", "answer": [word, "value"]} for word in ("alpha", "beta", "gamma")]
 CHOICES = [
@@ -37,24 +34,13 @@ CHOICES = [
 LAST = [{"text": "alpha beta gamma"}, {"text": "return value index"}]
 
 
-def write_lines(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, corpus_dir: Path) -> Path:
     """A folder with an export and a plain model, `other`."""
-    torch.manual_seed(6)
     root = tmp_path_factory.mktemp("questions")
-    shape = MemoryConfig(input_size=16, hidden_size=16, intermediate_size=20, num_blocks=1, vocab_size=300)
-    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    joined(base, Memory(shape), lmbda=0.35, input_point=CapturePoint(layer=-1)).save_pretrained(
-        root / "export"
-    )
-    base.save_pretrained(root / "other")
-    for name in ("export", "other"):
-        AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(root / name)
+    save_export(root / "export", base_dir, corpus_dir, lmbda=0.35)
+    GPT2LMHeadModel.from_pretrained(base_dir).save_pretrained(root / "other")
+    AutoTokenizer.from_pretrained(corpus_dir / "tokenizer").save_pretrained(root / "other")
     write_lines(root / "open.dev.jsonl", OPEN)
     write_lines(root / "choices.jsonl", CHOICES)
     write_lines(root / "last.jsonl", LAST)

@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mlpmem_ds.commands import generate, view_report
-from mlpmem_ds.core.config import Flags, option
-from mlpmem_ds.core.files import publish_json, read_sealed_json
-from mlpmem_ds.core.stage_directory import open_stage
-from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.evaluation import ReportManifest, write_evaluation
+from mlpmem_ds.core.files import publish_json
 
-from ...conftest import with_begin_tokens
-from ..conftest import make_arm, make_evaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Config(Flags):
-    output: Path = option("directory", identity="none")
+from ...conftest import with_begin_tokens, with_vocabulary
+from ..conftest import make_arm, make_evaluation, save_report
 
 
 @pytest.fixture
 def report_dir(tmp_path: Path) -> Path:
-    return _save_report(tmp_path / "report")
+    return _report(tmp_path / "report")
 
 
-def _save_report(root: Path, **inputs: str) -> Path:
-    config = _Config(output=root)
-    stage = open_stage(root, stage="report", version=1, config=config, inputs=inputs, world=World())
+def _report(root: Path, **inputs: str) -> Path:
     arms = (make_arm("base", ppl=20.0), make_arm("base+memory", ppl=16.0))
-    evaluation = make_evaluation(*arms, subject="base+memory")
-    write_evaluation(root, evaluation)
-    manifest = ReportManifest(
-        tokens=evaluation.tokens, arms=("base", "base+memory"), settings=evaluation.settings
-    )
-    stage.complete([], lambda: manifest)
-    return root
+    return save_report(root, make_evaluation(*arms, subject="base+memory"), inputs=inputs)
 
 
 def _run(report: Path, export: Path, output: Path, *words: object) -> int:
@@ -136,11 +118,8 @@ def test_a_corpus_of_another_vocabulary_and_a_report_of_another_base_are_refused
 ) -> None:
     page, text = tmp_path / "page.html", tmp_path / "own.txt"
     text.write_text("alpha beta")
-    other = with_begin_tokens(corpus_dir, tmp_path / "other", ())
-    manifest = read_sealed_json(other / "manifest.json")
-    manifest["tokenizer"]["vocabulary_sha256"] = "5" * 64
-    publish_json(other / "manifest.json", manifest, seal=True)
-    report = _save_report(tmp_path / "report", model="a" * 64)
+    other = with_vocabulary(corpus_dir, tmp_path / "other", "5" * 64)
+    report = _report(tmp_path / "report", model="a" * 64)
     assert _run(report, export_dir, page, "--corpus", other) == 2
     assert f"{other} has another vocabulary (300 tokens, 555555555555…)" in capsys.readouterr().err
     assert _run(report, export_dir, page, "--text", text) == 0  # the export says nothing of its base
