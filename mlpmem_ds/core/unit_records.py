@@ -8,6 +8,7 @@ files have their sizes and were not written to since.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -160,6 +161,20 @@ class UnitRecords:
             f" tools/inspect_run.py {shlex.quote(str(run))} --discard {shlex.quote(f'{stage}/{unit}')} --yes"
             " throws that away, and then the same commands make it"
         )
+
+
+def recorded_files(root: Path, units: Sequence[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    """(unit, the names of its files) of those units that have a record at `root`, which need not exist. For
+    checks before a stage is opened: a record that cannot be read is left to the stage.
+
+    Args:
+        units: every unit of a phase, in the stage's order.
+    """
+    for number, unit in enumerate(units):
+        path = root / "done" / folder_of(number, len(units)) / f"{unit}.json"
+        with contextlib.suppress(DamagedDataError):
+            if path.is_file():
+                yield unit, frozenset(file.name for file in _files_of(read_sealed_json(path)))
 
 
 def _files_of(record: Mapping[str, Any]) -> list[FileRecord]:

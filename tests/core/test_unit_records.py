@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.files import record_file
-from mlpmem_ds.core.unit_records import UnitRecords, missing_of
+from mlpmem_ds.core.unit_records import UnitRecords, missing_of, recorded_files
 
 
 @pytest.fixture
@@ -71,3 +71,21 @@ def test_the_records_of_many_units_lie_in_folders_of_a_thousand(tmp_path: Path) 
     listing = records.listing()
     assert listing.recorded == {"7", "02007"} and listing.claimed == {"02008"}
     assert len(missing_of(many, listing)) == 2499
+
+
+def test_the_files_of_recorded_units_are_told_before_the_stage_is_opened(
+    records: UnitRecords, tmp_path: Path
+) -> None:
+    assert list(recorded_files(tmp_path, ["a", "b"])) == [("a", {"part"})]
+    assert list(recorded_files(tmp_path / "missing", ["a"])) == []
+    records.path("a").write_text("{")
+    assert list(recorded_files(tmp_path, ["a"])) == []
+
+
+def test_the_files_of_recorded_units_are_found_in_folders_of_a_thousand(tmp_path: Path) -> None:
+    records, many = UnitRecords(tmp_path, "i" * 64), [f"{number:05d}" for number in range(2500)]
+    records.place(many)
+    records.path("02400").parent.mkdir(parents=True)
+    (tmp_path / "part").write_bytes(b"1")
+    records.publish("02400", [record_file(tmp_path, "part")], {})
+    assert list(recorded_files(tmp_path, many)) == [("02400", {"part"})]

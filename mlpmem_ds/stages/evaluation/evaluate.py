@@ -22,6 +22,7 @@ from mlpmem_ds.engines.collectives.ranks import Ranks
 from mlpmem_ds.formats.evaluation import ArmFigures, ReportManifest, open_report
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import Inputs, open_inputs
+from mlpmem_ds.stages.evaluation.mixing import refuse_scores_without_confidences
 from mlpmem_ds.stages.evaluation.results import ReportWriter
 from mlpmem_ds.stages.evaluation.units import UnitScorer, list_units
 from mlpmem_ds.stages.report.summary import Comparison
@@ -40,6 +41,8 @@ def run(config: Config, world: World) -> str | None:
 def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
     inputs = open_inputs(config, world)
     comparison = _comparison(config, inputs)
+    units = list_units(inputs.scorers, inputs.streams, config.unit_positions)
+    refuse_scores_without_confidences(config.output, inputs.mixed, units)
     directory = open_stage(
         config.output,
         stage=ReportManifest.FORMAT,
@@ -50,7 +53,6 @@ def _evaluate(config: Config, world: World, ranks: Ranks) -> str | None:
         resolved=_resolved(inputs),
         dealer=ranks,
     )
-    units = list_units(inputs.scorers, inputs.streams, config.unit_positions)
     for name, text in inputs.streams.items():
         verify_inputs(directory, text, text.stream_files, label=f"text-{name}")
     for arm in inputs.arms:

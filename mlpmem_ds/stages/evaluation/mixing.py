@@ -5,18 +5,22 @@ N positions of a stream or split, M memories.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.unit_records import recorded_files
 from mlpmem_ds.models.gate_fit import GateRows, best_weights
 from mlpmem_ds.models.mixture_scores import pooled_scores
 from mlpmem_ds.stages.evaluation.arms.mixed import MixedArm, figures_of_weights
 from mlpmem_ds.stages.evaluation.evidence import evidence_of, gate_weights
 from mlpmem_ds.stages.evaluation.splits import Split
 from mlpmem_ds.stages.evaluation.stored_scores import StoredScores
+from mlpmem_ds.stages.evaluation.units import Unit
 from mlpmem_ds.stages.report.summary import GivenWeights
 
 
@@ -27,6 +31,34 @@ class MixedScores:
     scores: Mapping[str, np.ndarray]
     guesses: Mapping[str, np.ndarray]
     weights: GivenWeights
+
+
+def refuse_scores_without_confidences(
+    output: Path, mixed: Iterable[MixedArm], units: Mapping[str, Unit]
+) -> None:
+    """Before a report is continued: its units are not made again for a gate, so that they must have left what
+    it reads. Those of versions before a gate could weigh such an arm have not.
+
+    Args:
+        output: the report directory, which need not exist.
+        mixed: the arms that are made of others.
+        units: all, by name, in the report's order.
+
+    Raises:
+        UserError: a complete unit has no confidences of an arm that a gate weighs.
+    """
+    weighed = [
+        member for arm in mixed if arm.gate is not None and arm.states is None for member in arm.members
+    ]
+    for name, files in recorded_files(output, list(units)) if weighed else ():
+        unit = units[name]
+        for member in weighed:
+            if member in unit.arms and unit.confidence_file(member) not in files:
+                raise UserError(
+                    f"--output {output} holds scores of {member.name} without the confidences that --gate"
+                    " reads: an earlier version of this program wrote them. Choose another --output, or"
+                    " remove it to start anew"
+                )
 
 
 def mix(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from mlpmem_ds.formats.evaluation import ArmFigures, Evaluation, read_evaluation
 from mlpmem_ds.formats.gates import read_gate
 from mlpmem_ds.models.gate_features import History
 from mlpmem_ds.stages.evaluation import evaluate
+from mlpmem_ds.stages.evaluation.arms.arm import Scores
+from mlpmem_ds.stages.evaluation.arms.ensemble import EnsembleArm
+from mlpmem_ds.stages.evaluation.arms.memory import MemoryArm
 from mlpmem_ds.stages.evaluation.config import Config as EvaluationConfig
 from mlpmem_ds.stages.gating import fit_gate
 from mlpmem_ds.stages.gating.config import Config
@@ -184,6 +188,49 @@ def test_a_gate_is_added_to_a_report_without_scoring_again(
     after = evaluated(replace(config, gate=(str(fitted.output),)))
     assert [arm.name for arm in after.arms][2:] == ["base+memory+gate"]
     assert [arm.ppl for arm in after.arms][:2] == [arm.ppl for arm in before.arms]
+
+
+@pytest.mark.parametrize("kind", ["memory", "ensemble"])
+def test_a_report_of_an_older_version_takes_no_gate(
+    parts: Parts,
+    fitted: Config,
+    second_gate: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """Its units have no confidences: of a memory before gates, of a second model before gates of those."""
+    ensemble = {"memory": (), "ensemble": (f"second={parts.second}",)}
+    gate, flags = (fitted, {}) if kind == "memory" else (second_gate, ensemble)
+    config = evaluation_of(parts, tmp_path / "report", **flags)
+    arm = MemoryArm if kind == "memory" else EnsembleArm
+
+    def older(self: Any, scan: Any, score: Any = arm.score) -> Scores:
+        return replace(score(self, scan), confidences=None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arm, "score", older)
+        evaluated(config)
+    assert not (config.output / "confidences").exists()
+    before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    name = "memory" if kind == "memory" else "second"
+    with pytest.raises(UserError, match=rf"base\+{name} without the confidences .*another --output"):
+        evaluate.run(replace(config, gate=(str(gate.output),)), World())
+    assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
+    evaluated(config)  # without a gate the report goes on
+
+
+def test_a_lost_file_of_confidences_is_made_again_and_not_refused(
+    parts: Parts, second_gate: Config, tmp_path: Path
+) -> None:
+    ensemble = {"memory": (), "ensemble": (f"second={parts.second}",)}
+    config = evaluation_of(parts, tmp_path / "report", second_gate, **ensemble)
+    before = evaluated(config)
+    lost = sorted((config.output / "confidences").iterdir())[0]
+    content = lost.read_bytes()
+    lost.unlink()
+    assert evaluated(config).arm("base+second+gate").ppl == before.arm("base+second+gate").ppl
+    assert lost.read_bytes() == content
 
 
 def test_gates_that_do_not_belong_are_refused(
