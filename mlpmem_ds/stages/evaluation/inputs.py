@@ -129,11 +129,11 @@ def _with_different_names(arms: Iterable[Arm]) -> tuple[Arm, ...]:
 
 def refuse_training_text(splits: Mapping[str, Split], arms: Sequence[Arm]) -> None:
     """Raises UserError where an arm would be judged on text that it holds or was trained on."""
-    trained = {text for arm in arms for text in arm.trained_on}
     for split in splits.values():
-        if (split.corpus.sha256, split.corpus.name) in trained:
-            raise UserError(
-                f"the {split.name} split is the text that the keys or the memory were made from"
-                f" ({split.corpus.root}, {split.corpus.name}): choose other splits, or prepare the corpus"
-                " with --tuning-fraction and --test-fraction"
-            )
+        for arm in arms:
+            if (split.corpus.sha256, split.corpus.name) in arm.trained_on:
+                raise UserError(
+                    f"the {split.name} split is the text that {arm.name} was made from"
+                    f" ({split.corpus.root}, {split.corpus.name}): choose other splits, prepare the corpus"
+                    f" with --tuning-fraction and --test-fraction, or leave {arm.name} out"
+                )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
 from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
 from mlpmem_ds.formats.targets import TargetsManifest
+from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest, TrainingResult
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -110,6 +111,28 @@ def save_model(base_dir: Path, corpus_dir: Path, path: Path, *, seed: int) -> Pa
     model.save_pretrained(path)
     shutil.copy(corpus_dir / "tokenizer" / "tokenizer.json", path)
     (path / "checkpoints").mkdir()  # as `train_base` leaves it next to the model
+    return path
+
+
+def save_baseline(base_dir: Path, corpus_dir: Path, path: Path, *, kind: Literal["base", "baseline"]) -> Path:
+    """The same as `train_base` or `train_baseline` would leave it, trained on the corpus."""
+    inputs = {"corpus": open_corpus(corpus_dir).sha256}
+    directory = open_stage(path, stage=kind, version=1, config=Flags(), inputs=inputs, world=World())
+    training = TrainingResult(steps=3, rows_per_step=64, selected_step=3, validations=())
+    baseline = BaselineManifest(
+        kind="continued",
+        base={},
+        training=training,
+        parameters=1,
+        parameters_trained=1,
+        parameters_matched=None,
+        rank=None,
+        alpha=None,
+    )
+    manifest = BaseManifest(base={}, training=training) if kind == "base" else baseline
+    directory.run_units(["none"], lambda name, writer: None)
+    save_model(base_dir, corpus_dir, path, seed=5)
+    directory.complete(["none"], lambda: manifest)
     return path
 
 

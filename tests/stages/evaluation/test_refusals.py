@@ -29,7 +29,7 @@ from .conftest import Finished, save_memory, save_targets
 @pytest.mark.parametrize(
     ("changes", "needle"),
     [
-        ({"test_split": "train"}, "is the text that the keys"),
+        ({"test_split": "train"}, "is the text that base.knn_exact was made from"),
         ({"test_split": "nothing"}, "choose another split"),
         ({"bootstrap_block": 100_000}, "smaller block"),
         ({"targets": None}, "need a temperature"),

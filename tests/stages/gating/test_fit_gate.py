@@ -213,7 +213,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(
 
     refused("needs 5,000 or more: give more text", min_positions=5000)
     refused("has no split validation", tuning_split="validation")
-    refused("text that the keys or the memory were made from", tuning_split="train")
+    refused("text that base.memory was made from", tuning_split="train")
     other_base = save_memory(
         tmp_path / "stranger", open_keys(keys_dir), open_corpus(parts.corpus), seed=3, base="0" * 64
     )

@@ -39,6 +39,7 @@ class ModelArm(Arm):
     price: Price
     resolved: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: tuple[tuple[str, str], ...] = ()
     stands_alone: bool = True
 
     @property

@@ -46,6 +46,7 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
             seconds=sum_of_logs([root]),
             tokens=tokens_of_training(root),
         ),
+        trained_on=texts_of_training(root),
     )
 
 

@@ -9,17 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.evaluation import read_evaluation
-from mlpmem_ds.formats.trained_models import BaselineManifest, TrainingResult
 from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 
-from ..conftest import forward_base, read_scores, save_model
+from ..conftest import forward_base, read_scores, save_baseline
 
 
 def test_it_is_the_mixture_of_both_models_at_the_best_lambda(
@@ -80,24 +77,9 @@ def test_a_directory_without_a_model_is_refused(config: Config, tmp_path: Path) 
 def test_the_text_that_it_was_trained_on_is_refused(
     config: Config, base_dir: Path, corpus_dir: Path, tmp_path: Path
 ) -> None:
-    model = tmp_path / "model"
-    inputs = {"corpus": open_corpus(corpus_dir).sha256}
-    stage = open_stage(model, stage="baseline", version=1, config=Flags(), inputs=inputs, world=World())
-    manifest = BaselineManifest(
-        kind="continued",
-        base={},
-        training=TrainingResult(steps=3, rows_per_step=64, selected_step=3, validations=()),
-        parameters=1,
-        parameters_trained=1,
-        parameters_matched=None,
-        rank=None,
-        alpha=None,
-    )
-    stage.run_units(["none"], lambda name, writer: None)
-    save_model(base_dir, corpus_dir, model, seed=5)
-    stage.complete(["none"], lambda: manifest)
+    model = save_baseline(base_dir, corpus_dir, tmp_path / "model", kind="baseline")
     only = {"memory": (), "keys": None, "index": None, "targets": None, "control": ()}
     config = replace(config, ensemble=(f"second={model}",), test_split="train", **only)
-    with pytest.raises(UserError, match="the train split is the text that"):
+    with pytest.raises(UserError, match="the train split is the text that base.second was made from"):
         evaluate.run(config, World())
     assert not config.output.exists()
