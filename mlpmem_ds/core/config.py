@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.flag_values import converter_of
 from mlpmem_ds.core.objects.urls import named_url_of
+from mlpmem_ds.core.world import World
 
 ConfigType = TypeVar("ConfigType", bound="Flags")
 Identity = Literal["own", "resolved", "none"]
@@ -108,6 +109,7 @@ def option(
     positional: bool = False,
     by_url: bool = False,
     implied: Any = None,
+    one_rank_a_host: str = "",
 ) -> Any:
     """A field of a Config.
 
@@ -129,6 +131,8 @@ def option(
         by_url: an input directory that may also be a URL, which is fetched before the command opens it
             (core/objects/inputs.py); also in words NAME=URL.
         implied: the value where the flag is given without one; None: it needs one.
+        one_rank_a_host: why any other value than the default is for a rank that has its host to itself, in
+            words that go on after the flag; "": it is not (`refuse_shared_host`).
     """
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {
@@ -142,6 +146,7 @@ def option(
         "positional": positional,
         "by_url": by_url,
         "implied": implied,
+        "one_rank_a_host": one_rank_a_host,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -332,6 +337,21 @@ def field_of(config_class: type[Flags], name: str) -> dataclasses.Field[Any]:
     """The field of the flag `name`, which must be there."""
     (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
     return field
+
+
+def refuse_shared_host(config: Flags, world: World) -> None:
+    """Refuse flags that are for a rank alone on its host (`option`), where other ranks are on it.
+
+    Raises:
+        UserError: with the flag, why, and the remedy.
+    """
+    for field in dataclasses.fields(config):
+        value, reason = getattr(config, field.name), field.metadata.get("one_rank_a_host")
+        if reason and value != field.default and world.shares_host:
+            raise UserError(
+                f"{flag_of(field)} {value} {reason}, and this host has several ranks: start one on each host"
+                f" (by hand: with LOCAL_RANK=0), or leave {flag_of(field)} out"
+            )
 
 
 def default_of(config_class: type[Flags], name: str) -> Any:

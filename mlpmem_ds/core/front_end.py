@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.caches import move_caches
-from mlpmem_ds.core.config import ConfigType, Flags, has_urls, parse_config
+from mlpmem_ds.core.config import ConfigType, Flags, has_urls, parse_config, refuse_shared_host
 from mlpmem_ds.core.errors import LOST_RANK, REFUSED, UserError
 from mlpmem_ds.core.faults import describe_fault, is_lost_rank, remedy_of
 from mlpmem_ds.core.log import forget_begun, log_end, set_up_logging
@@ -95,6 +95,7 @@ def run_front_end(
         this.config = config
         world = world_from_environment(os.environ)
         this.rank = world.rank
+        refuse_shared_host(config, world)
         set_up_logging(world, name=prog.replace(".py", ""))
         forget_begun()
         try:

@@ -20,6 +20,12 @@ _LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+# Of the launcher that gave the rank: ranks of this host. torchrun and deepspeed give RANK.
+_LOCAL_SIZES = {
+    "RANK": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    "PMI_RANK": ("MPI_LOCALNRANKS",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,9 @@ class World:
     local_rank: int = 0
     is_on_first_host: bool = True
     """with rank 0, as far as the launcher says"""
+    local_size: int | None = None
+    """ranks on this host, of Slurm those of a host on the average, rounded up; None: the launcher does not
+    say"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -41,6 +50,11 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shares_host(self) -> bool:
+        """Whether another rank is on this host, as far as the launcher says."""
+        return self.local_rank > 0 if self.local_size is None else self.local_size > 1
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:
@@ -76,5 +90,32 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
                 )
             # A rank's number among those of its host is its number among all on the first host alone:
             # the ranks below it are then there too.
-            return World(rank=rank, size=size, local_rank=local_rank, is_on_first_host=rank == local_rank)
+            return World(
+                rank=rank,
+                size=size,
+                local_rank=local_rank,
+                is_on_first_host=rank == local_rank,
+                local_size=_local_size(environment, rank_name, size, is_task=is_task),
+            )
     return World()
+
+
+def _local_size(environment: Mapping[str, str], rank_name: str, size: int, *, is_task: bool) -> int | None:
+    """`World.local_size`. A number that cannot be read counts as none.
+
+    Args:
+        environment: the launcher's variables.
+        rank_name: the variable that gave the rank.
+        size: of the world.
+        is_task: whether the rank is that of a task of Slurm, whose step is then looked at too.
+    """
+    for name in _LOCAL_SIZES.get(rank_name, ()):
+        if (count := _count_in(environment, name)) is not None:
+            return count
+    tasks, nodes = (_count_in(environment, f"SLURM_STEP_NUM_{what}") for what in ("TASKS", "NODES"))
+    return -(-size // nodes) if is_task and nodes is not None and tasks == size else None
+
+
+def _count_in(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name, "")
+    return int(value) if value.isdecimal() and int(value) > 0 else None

@@ -70,6 +70,7 @@ def device_map() -> Any:
         " machine)",
         "none",
         identity="none",
+        one_rank_a_host="spreads a base over all GPUs that a process sees",
     )
 
 

@@ -13,8 +13,10 @@ from mlpmem_ds.core.config import (
     option,
     parse_config,
     plain_values,
+    refuse_shared_host,
 )
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,3 +308,16 @@ def test_help_shows_inherited_optional_flags_last(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     places = [shown.index(f"\n  --{flag}") for flag in ("input", "output", "block-size", "depth", "rate")]
     assert places == sorted(places)
+
+
+def test_a_flag_for_a_rank_alone_on_its_host_is_refused_where_others_are() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Spread(Flags):
+        spread: str = option("where", "none", one_rank_a_host="takes all of the host")
+        number: int = option("a number", 1)
+
+    shared, alone = World(size=2, local_size=2), World(size=2, local_size=1)
+    for config, world in ((Spread(), shared), (Spread(number=2), shared), (Spread(spread="all"), alone)):
+        refuse_shared_host(config, world)
+    with pytest.raises(UserError, match="--spread all takes all of the host, and .*: start one on each host"):
+        refuse_shared_host(Spread(spread="all"), shared)

@@ -71,3 +71,53 @@ def test_a_rank_knows_whether_it_is_on_the_host_of_rank_0() -> None:
         ]
         assert [world.rank for world in worlds if world.is_on_first_host] == on_first
     assert world_from_environment({"RANK": "3", "WORLD_SIZE": "4"}).is_on_first_host  # not told
+
+
+STEP = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_size", "shares_host"),
+    [
+        ({}, None, False),
+        # torchrun, deepspeed, Open MPI, MPICH
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, 2, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, 1, False),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_SIZE": "4"}, 4, True),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            2,
+            True,
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, 2, True),
+        # Slurm: of the step, also where the rank is in other variables
+        ({**STEP, "SLURM_STEP_NUM_NODES": "4"}, 1, False),
+        ({**STEP, "SLURM_STEP_NUM_NODES": "3"}, 2, True),
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "2"}, 2, True),
+        ({**STEP, "PMI_RANK": "0", "PMI_SIZE": "4", "SLURM_STEP_NUM_NODES": "2"}, 2, True),
+        # torchrun as the one task of each node
+        (
+            {**STEP, "RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_NODES": "4"},
+            2,
+            True,
+        ),
+        # by hand, in a batch script too: only who is not the first of its host knows
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None, False),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, None, False),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+            | {"SLURM_STEP_NUM_NODES": "1"},
+            None,
+            False,
+        ),
+        # of another launcher than that of the rank, or no number
+        ({"RANK": "0", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "many"}, None, False),
+    ],
+)
+def test_a_rank_knows_whether_it_shares_its_host(
+    environment: dict[str, str], local_size: int | None, shares_host: bool
+) -> None:
+    world = world_from_environment(environment)
+    assert (world.local_size, world.shares_host) == (local_size, shares_host)

@@ -76,6 +76,47 @@ def test_nothing_is_written_before_a_refusal(
     assert list(tmp_path.iterdir()) == []
 
 
+SPREADERS = {
+    "extract-keys": "--model MISSING --corpus MISSING --output OUT",
+    "fit-gate": "--model MISSING --memory MISSING --corpus MISSING --output OUT",
+    "evaluate": "--model MISSING --corpus MISSING --output OUT",
+    "generate": "--model MISSING --prompt a --html OUT",
+    "run-lm-eval": "--model MISSING --tasks a --output OUT",
+}
+
+
+def test_the_commands_that_spread_a_base_over_gpus_are_these() -> None:
+    commands = {name: command for name, command in COMMANDS.items() if isinstance(command, Command)}
+    assert SPREADERS.keys() == {
+        name
+        for name, command in commands.items()
+        if any(field.name == "device_map" for field in dataclasses.fields(_load(command.config)))
+    }
+
+
+@pytest.mark.parametrize("name", SPREADERS)
+def test_ranks_of_one_host_do_not_each_spread_a_base_over_its_gpus(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"MISSING": str(tmp_path / "missing"), "OUT": str(tmp_path / "out.html")}
+    words = [places.get(word, word) for word in SPREADERS[name].split()]
+    for variable, number in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, number)
+
+    def said(local_size: int, *flags: str) -> str:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
+        assert COMMANDS[name]([*words, *flags], prog=name) == 2
+        assert list(tmp_path.iterdir()) == []
+        return capsys.readouterr().err
+
+    for value in ("auto", "balanced", "balanced_low_0", "sequential"):
+        refusal = said(2, "--device-map", value)
+        assert refusal.startswith(f"error: --device-map {value} spreads a base over all GPUs"), refusal
+        assert "several ranks: start one on each host" in refusal and refusal.count("\n") == 1
+    for other in (said(1, "--device-map", "auto"), said(2, "--device-map", "none"), said(2)):
+        assert "several ranks" not in other and other.count("error: ") == 1  # of what is missing
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Flags):
     output: Path = option("directory")
