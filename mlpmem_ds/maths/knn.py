@@ -6,8 +6,8 @@ threads or devices, and ties are broken by id. Float keys take the same path thr
 promise. On a GPU the search is that of knn_on_device.py.
 
 Shape legend: Q queries, K keys of a block (or neighbours kept), N keys in all, D dimensions, P probes, L
-lists, S survivors, M queries that probe one list, B queries of a block, T their probes of lists that are not
-empty, C capacity of a buffer.
+lists, S survivors, F queries that have k neighbours, M queries that probe one list, B queries of a block,
+T their probes of lists that are not empty, C capacity of a buffer.
 """
 
 import contextlib
@@ -243,11 +243,18 @@ class _RunningBest:
         offsets_Q = np.arange(num_rows) * capacity + self.filled_Q - (np.cumsum(counts_Q) - counts_Q)
         self.packed_QC.ravel()[offsets_Q[rows_S] + np.arange(len(rows_S))] = packed_S
         self.filled_Q += counts_Q
-        width = max(self.k, int(self.filled_Q.max(initial=0)))
-        used_QC = self.packed_QC[:, :width]
-        used_QC[np.arange(width) >= self.filled_Q[:, None]] = MISSING
-        used_QC.partition(self.k - 1, axis=1)
-        self.filled_Q = np.minimum(self.filled_Q, self.k)
+        # Rows that are not full have nothing to drop, and their bound is MISSING. So they are not touched: a
+        # selection takes the time of k keys, and would mix what they hold with what is missing.
+        full_F = np.flatnonzero(self.filled_Q >= self.k)
+        if not len(full_F):
+            return
+        are_all, width = len(full_F) == num_rows, int(self.filled_Q.max())
+        used_FC = self.packed_QC[:, :width] if are_all else self.packed_QC[full_F, :width]
+        used_FC[np.arange(width) >= self.filled_Q[full_F, None]] = MISSING
+        used_FC.partition(self.k - 1, axis=1)
+        if not are_all:
+            self.packed_QC[full_F, :width] = used_FC
+        self.filled_Q[full_F] = self.k
 
     def sorted(self) -> Array:
         return np.sort(self.packed_QC[:, : self.k], axis=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlpmem_ds.maths import distances
+from mlpmem_ds.maths import distances, knn
 from mlpmem_ds.maths.distances import norms_of_codes, squared_distances
 from mlpmem_ds.maths.knn import (
     Exclusion,
@@ -148,6 +148,35 @@ def test_exact_with_more_than_one_growing_block_and_keys_that_come_ever_nearer()
     queries = np.full((3, 1), -128, np.int8)
     found = exact_neighbours(queries, keys, 50, exclusion=None)
     assert_same(found, brute_force(queries, keys, 50, np.ones((3, len(keys)), bool)))
+
+
+class AnySelection(np.ndarray):
+    """`partition` promises which values are in front of the k-th, not in which order: here it is another than
+    that of NumPy's vector instructions."""
+
+    def partition(self, kth, axis=-1):
+        sorted_QC = np.sort(np.asarray(self), axis=axis)
+        self[:, :kth], self[:, kth:] = sorted_QC[:, :kth][:, ::-1], sorted_QC[:, kth:]
+
+
+@pytest.mark.parametrize("hidden", [0, 20, 60])
+def test_no_neighbour_is_lost_whatever_order_a_selection_leaves(monkeypatch, hidden):
+    """Rows with fewer than k neighbours so far next to full ones."""
+    original = knn._RunningBest.__init__
+
+    def start(self, *arguments, **words):
+        original(self, *arguments, **words)
+        self.packed_QC = self.packed_QC.view(AnySelection)
+
+    monkeypatch.setattr(knn._RunningBest, "__init__", start)
+    keys, query_ids = codes_of(90, 4, low=-2, high=3), np.array([0, 5, 44, 45, 89])
+    hidden_stops = np.array([0, hidden, 0, hidden, 0])
+    exclusion = Exclusion(query_ids_Q=query_ids, first_hidden_Q=np.zeros(5, int), stop_hidden_Q=hidden_stops)
+    allowed = np.arange(90)[None] != query_ids[:, None]
+    allowed &= np.arange(90)[None] >= hidden_stops[:, None]
+    for k in (1, 30, 60, 89, 95):
+        found = exact_neighbours(keys[query_ids], keys, k, exclusion=exclusion, query_block=3, key_block=11)
+        assert_same(found, brute_force(keys[query_ids], keys, k, allowed))
 
 
 def test_threads_do_not_matter():
