@@ -32,6 +32,10 @@ class Neighbours:
     ids_QK: Array
     distances_QK: Array
 
+    def rows(self, rows: slice) -> "Neighbours":
+        """Those of some queries."""
+        return Neighbours(ids_QK=self.ids_QK[rows], distances_QK=self.distances_QK[rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:

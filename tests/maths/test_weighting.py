@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from mlpmem_ds.maths import weighting
 from mlpmem_ds.maths.weighting import Weighting, fit_weighting, weight_perplexity
 
 KERNELS = {
@@ -37,15 +38,15 @@ def test_weights_are_stable_for_distances_far_beyond_the_temperature():
 def test_weights_equal_the_formula_of_their_kind(kind):
     """In plain loops; missing neighbours have none, and a row without neighbours is all zero."""
     distances, _, valid = make_rows()
-    weighting = Weighting(kind=kind, temperature=25.0)
-    found = weighting.weights(distances, valid)
+    of_kind = Weighting(kind=kind, temperature=25.0)
+    found = of_kind.weights(distances, valid)
     assert found.dtype == np.float64 and (found[0] == 0).all() and (found[~valid] == 0).all()
     for row in range(1, len(distances)):
         present = distances[row][valid[row]].tolist()
         kernel = [KERNELS[kind](distance - min(present), 25.0) for distance in present]
         expected = [weight / sum(kernel) for weight in kernel]
         np.testing.assert_allclose(found[row][valid[row]], expected, rtol=1e-13)
-    hotter = weighting.scaled(4.0)
+    hotter = of_kind.scaled(4.0)
     assert hotter == Weighting(kind=kind, temperature=100.0)
     assert (weight_perplexity(hotter.weights(distances, valid)[2:]) >= weight_perplexity(found[2:])).all()
 
@@ -69,11 +70,22 @@ def test_perplexity_of_known_weights():
 def test_fitted_temperature_gives_the_perplexity(kind, perplexity, scale):
     distances, _, valid = make_rows(num_rows=200)
     distances[valid] = (distances[valid] + np.random.default_rng(1).random(int(valid.sum()))) * scale
-    weighting = fit_weighting(kind, distances, valid, perplexity)
+    fitted = fit_weighting(kind, distances, valid, perplexity)
     has_neighbour = valid.any(1)
-    weights = weighting.weights(distances, valid)[has_neighbour]
+    weights = fitted.weights(distances, valid)[has_neighbour]
     assert np.exp(np.log(weight_perplexity(weights)).mean()) == pytest.approx(perplexity, rel=1e-6)
-    assert weighting == fit_weighting(kind, distances, valid, perplexity)
+    assert fitted == fit_weighting(kind, distances, valid, perplexity)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_fit_of_some_rows_at_a_time_has_the_bits_of_one_of_all(monkeypatch, kind):
+    distances, _, valid = make_rows(num_rows=200)
+    fits = set()
+    for weights_at_once in (1, 100, 10**6):
+        monkeypatch.setattr(weighting, "_WEIGHTS_AT_ONCE", weights_at_once)
+        fits.add(fit_weighting(kind, distances, valid, 4.0).temperature)
+    monkeypatch.setattr(weighting, "_BISECTIONS", 100)  # none of which finds a number between the last two
+    assert {fit_weighting(kind, distances, valid, 4.0).temperature} == fits
 
 
 def test_a_perplexity_out_of_reach_is_refused():

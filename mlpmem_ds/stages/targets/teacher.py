@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.formats.counted_rows import CountedRows
 from mlpmem_ds.formats.keys import Keys
 from mlpmem_ds.formats.mapped_keys import MappedKeys
@@ -21,6 +22,8 @@ from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.maths.targets import aggregate, truncate
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.stages.retrieval.neighbour_search import NeighbourSearch, squared_key_distances
+
+_NEIGHBOURS_AT_ONCE = 1 << 18  # whose weights are added up: they stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,15 @@ class Teacher:
     def rows(
         self, neighbours: Neighbours, positions_n: np.ndarray, weighting: Weighting, mass: float
     ) -> SparseRows:
-        """The distributions of these positions, cut at `mass` but for the position's own value."""
-        rows = self.whole_rows(neighbours, weighting)
-        return truncate(rows, mass, self.values_of(positions_n).astype(np.int64))
+        """The distributions of these positions, cut at `mass` but for the position's own value. Some rows at
+        a time: the arrays at work take four times the memory of the neighbours that they are made of."""
+        own_values_n = self.values_of(positions_n).astype(np.int64)
+        rows_at_once = max(1, _NEIGHBOURS_AT_ONCE // neighbours.ids_QK.shape[1])
+        parts = [
+            truncate(self.whole_rows(neighbours.rows(rows), weighting), mass, own_values_n[rows])
+            for rows in (slice(*block) for block in split_blocks(len(positions_n), rows_at_once))
+        ]
+        return SparseRows.join(parts) if parts else SparseRows.empty(0)
 
     def whole_rows(self, neighbours: Neighbours, weighting: Weighting) -> SparseRows:
         """The distributions of these neighbours' values, nothing cut."""

@@ -134,11 +134,8 @@ class Sample:
         total = 0
         for block in split_blocks(len(self._positions_n), self.teacher.keys.manifest.block_size):
             rows = slice(*block)
-            neighbours = Neighbours(
-                ids_QK=self._neighbours.ids_QK[rows], distances_QK=self._neighbours.distances_QK[rows]
-            )
             rows_n = self.teacher.rows(
-                neighbours, self._positions_n[rows], self.weighting, self.row_format.mass
+                self._neighbours.rows(rows), self._positions_n[rows], self.weighting, self.row_format.mass
             )
             total += stored_bytes(self.row_format.pack(rows_n, block.start), self.row_format.container)
         return total / len(self._positions_n)
