@@ -58,7 +58,7 @@ fi
 
 say "3/9 keys: the base's hidden states"
 shared tools/extract_keys.py --model "$base" --corpus "$run/corpus" --output "$run/keys" \
-    --unit-positions 16384
+    --input-point ffn_input --unit-positions 16384  # as the published memories read
 
 say "4/9 index: sharded IVF-PQ"
 shared tools/build_index.py --keys "$run/keys" --output "$run/index" --num-shards 2

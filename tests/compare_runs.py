@@ -67,6 +67,7 @@ corpus tools/prepare_corpus.py --input text --output corpus --tokenizer train:10
 base tools/train_base.py --ds-config {tree}/ds_configs/cpu.json --corpus corpus --output base
     --num-layers 2 --hidden-size 64 --num-heads 2 --epochs 2 --log-every-steps 1
 keys tools/extract_keys.py --model model --corpus corpus --output keys --unit-positions 16384
+    --input-point ffn_input
 index tools/build_index.py --keys keys --output index --factory IVF32,PQ16x8 --num-shards 2
 targets tools/write_targets.py --keys keys --corpus corpus --exclude same-document --output targets
     --search exact --k 64 --neighbour-perplexity 20 --shard-positions 16384

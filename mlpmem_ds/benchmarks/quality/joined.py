@@ -30,11 +30,13 @@ from mlpmem_ds.core.errors import UserError
 _SAME_PPL = 1e-4  # relative: of one base on one text; another processor may round differently
 
 
-def read_others(paths: Sequence[Path], preset: str, seeds: Sequence[int]) -> list[QualityResult]:
-    """The results that are to be joined with one of `seeds`, read before any of its jobs begins.
+def read_others(
+    paths: Sequence[Path], settings: Mapping[str, str], seeds: Sequence[int]
+) -> list[QualityResult]:
+    """The results that are to be joined with one of these settings and seeds, before any of its jobs begins.
 
     Raises:
-        UserError: a file is missing, of another preset, or has a seed that another one has too.
+        UserError: a file is missing, of other settings, or has a seed that another one has too.
         DamagedDataError: a file is no result.
     """
     owner: dict[int, str] = {seed: "this run" for seed in seeds}
@@ -43,9 +45,9 @@ def read_others(paths: Sequence[Path], preset: str, seeds: Sequence[int]) -> lis
         if not path.is_file():
             raise UserError(f"--join {path}: no such file; it takes the quality.json of another run")
         result = read_result(path)
-        if result.preset != preset:
+        if dict(result.settings) != dict(settings):
             raise UserError(
-                f"--join {path} is of --preset {result.preset}, this run of {preset}: leave it out"
+                f"--join {path} is of {_flags(result.settings)}, this run of {_flags(settings)}: leave it out"
             )
         for seed in result.seeds:
             if seed in owner:
@@ -67,7 +69,6 @@ def join_results(results: Sequence[QualityResult]) -> QualityResult:
         UserError: they are of different texts, flags or arms, or of a base that differs.
     """
     results = sorted(results, key=lambda result: result.seeds)
-    _check_same("--preset", results, lambda result: result.preset)
     _check_same("the base", results, lambda result: result.base)
     _check_same("the flags", results, lambda result: dict(result.settings))
     _check_same("the texts", results, lambda result: [_identity(text) for text in result.texts])
@@ -85,6 +86,10 @@ def join_results(results: Sequence[QualityResult]) -> QualityResult:
         questions=next((result.questions for result in results if result.questions), ()),
         job_seconds=_joined_seconds([result.job_seconds for result in results]),
     )
+
+
+def _flags(settings: Mapping[str, str]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
 
 
 def _check_same(

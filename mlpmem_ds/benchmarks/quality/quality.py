@@ -113,7 +113,7 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     """
     check_places(config.output, config.page, name="quality")
     seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
-    others = read_others(config.join, preset.name, seeds)
+    others = read_others(config.join, _settings(preset, config), seeds)
     root = config.output.absolute()
     plan = make_plan(
         preset,
@@ -124,8 +124,11 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     )
     runner = runner_of(root, config.jobs)
     runner.run(plan.jobs)
-    result = join_results([collect(preset, plan, runner, config, seeds), *others])
-    write_result(root / FILE_NAME, result)
+    result = collect(preset, plan, runner, config, seeds)
+    write_result(root / FILE_NAME, result)  # it stays where the others cannot be joined
+    if others:
+        result = join_results([result, *others])
+        write_result(root / FILE_NAME, result)
     if config.page is not None:
         publish_page(config.page, result)
         _logger.info("the page is %s", config.page)

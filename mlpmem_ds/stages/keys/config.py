@@ -48,7 +48,10 @@ class Config(Flags):
         identity="resolved",
     )
     input_point: Point | None = option(
-        "where in the layer the memory's input is read (default: as --key-point)", None, identity="resolved"
+        "where in the layer the memory's input is read (default: where the last of --input-layer is the"
+        " model's last, final_norm, which the output head reads; else as --key-point)",
+        None,
+        identity="resolved",
     )
     layers_path: str | None = option(
         "dotted path to --model's list of decoder layers, where it is not found by itself", None

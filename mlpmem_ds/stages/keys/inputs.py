@@ -24,7 +24,7 @@ from mlpmem_ds.engines.hidden_states import (
 )
 from mlpmem_ds.engines.model_files import fingerprint_model, vocabulary_of_model
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
-from mlpmem_ds.formats.keys import CodecManifest, KeysManifest
+from mlpmem_ds.formats.keys import CodecManifest, KeysManifest, Point
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.stages.keys.codec import check_log_probabilities, checked
 from mlpmem_ds.stages.keys.config import Config
@@ -175,7 +175,7 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
     input_source = key_source
     if config.input_model is not None:
         input_source = load(config.input_model, "--input-model", config.input_layers_path)
-    input_point = config.input_point or config.key_point
+    input_point = config.input_point or _point_of_inputs(config, input_source)
     bases = Bases(
         key_source=key_source,
         key_point=resolve_point(key_source, config.key_layer, config.key_point, flag="--key-layer"),
@@ -191,6 +191,13 @@ def _open_bases(config: Config, corpus: CorpusSplit, world: World) -> Bases:
     _check_repeats(bases, config)
     _try_reading(bases, corpus)
     return bases
+
+
+def _point_of_inputs(config: Config, source: TransformersSource) -> Point:
+    """Where inputs are read if no flag says it: that of every engine that could serve the memory, if it is
+    the last layer's (docs/keys.md)."""
+    last = resolve_point(source, config.input_layer[-1], config.key_point, flag="--input-layer").layer
+    return "final_norm" if last == source.num_layers - 1 else config.key_point
 
 
 def _check_repeats(bases: Bases, config: Config) -> None:

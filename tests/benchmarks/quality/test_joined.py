@@ -18,6 +18,7 @@ from mlpmem_ds.core.errors import UserError
 
 from .conftest import make_result, make_row
 
+TINY = {"preset": "tiny"}
 ARMS = ("base", "base+knn_exact", "base+memory")
 DRAW = np.random.default_rng(3)
 POSITIONS_M = DRAW.integers(50, 200, size=12)
@@ -108,12 +109,12 @@ def test_other_bases_texts_arms_and_flags_are_not_joined() -> None:
 def test_files_that_do_not_fit_are_refused_before_anything_is_done(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
     with pytest.raises(UserError, match="no such file; it takes the quality.json of another run"):
-        read_others([path], "tiny", [1])
+        read_others([path], TINY, [1])
     write_result(path, _result(slice(0, 1)))
-    assert [one.seeds for one in read_others([path], "tiny", [1, 2])] == [(0,)]
+    assert [one.seeds for one in read_others([path], TINY, [1, 2])] == [(0,)]
     with pytest.raises(UserError, match=r"has seed 0, as this run has: choose others with --first-seed"):
-        read_others([path], "tiny", [0])
+        read_others([path], TINY, [0])
     with pytest.raises(UserError, match=f"has seed 0, as {re.escape(str(path))} has"):
-        read_others([path, path], "tiny", [1])
-    with pytest.raises(UserError, match="is of --preset tiny, this run of small: leave it out"):
-        read_others([path], "small", [1])
+        read_others([path, path], TINY, [1])
+    with pytest.raises(UserError, match="is of --preset tiny, this run of --preset small: leave it out"):
+        read_others([path], {"preset": "small"}, [1])

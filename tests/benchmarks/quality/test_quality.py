@@ -16,7 +16,7 @@ from mlpmem_ds.benchmarks.quality.jobs import JobRunner
 from mlpmem_ds.benchmarks.quality.plan import Planner, make_plan
 from mlpmem_ds.benchmarks.quality.presets import TINY, Preset
 from mlpmem_ds.benchmarks.quality.quality import Config, run_preset
-from mlpmem_ds.benchmarks.quality.results import read_result
+from mlpmem_ds.benchmarks.quality.results import read_result, write_result
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
@@ -122,6 +122,16 @@ def test_from_text_to_the_page_and_again_without_a_stage(
     again = run_preset(preset, config)
     assert not started
     assert again.texts == result.texts and again.ratios == result.ratios
+    other = tmp_path / "other.json"
+    write_result(other, replace(result, seeds=(1,)))
+    both = run_preset(preset, replace(config, join=(other,)))
+    assert not started and both.seeds == (0, 1)
+    assert read_result(tmp_path / "run" / "quality.json") == both
+    (text,) = (text for text in result.texts if text.name == "domain")
+    write_result(other, replace(result, seeds=(1,), texts=(result.texts[0], replace(text, documents=1))))
+    with pytest.raises(UserError, match="the texts differ"):
+        run_preset(preset, replace(config, join=(other,)))
+    assert read_result(tmp_path / "run" / "quality.json").seeds == (0,)
 
 
 def test_a_file_as_output_and_a_page_in_no_folder_are_refused(preset: Preset, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,29 @@ def test_raw_keys_inputs_and_log_probabilities_match_an_independent_pass(
     np.testing.assert_allclose(inputs, oracle["layer0"], rtol=8e-3, atol=1e-6)
     np.testing.assert_allclose(keys.read("log_probabilities"), oracle["log_probabilities"], atol=1e-5)
     np.testing.assert_array_equal(keys.read("values"), corpus.values(0, corpus.num_positions))
+
+
+@pytest.mark.parametrize(
+    ("flags", "point"),
+    [
+        ({}, "final_norm"),
+        ({"input_layer": (0.99,)}, "final_norm"),
+        ({"input_layer": (0, -1)}, "final_norm"),
+        ({"key_point": "layer_output"}, "final_norm"),
+        ({"input_layer": (0,)}, "ffn_input"),
+        ({"input_layer": (0,), "key_point": "layer_output"}, "layer_output"),
+    ],
+)
+def test_inputs_of_the_last_layer_are_what_the_head_reads_and_others_as_the_keys(
+    config: Config, tmp_path: Path, flags: dict[str, Any], point: str
+) -> None:
+    chosen = replace(config, **flags)
+    extract_keys.run(chosen, World())
+    assert open_keys(config.output).input_point == point
+    given = replace(chosen, output=tmp_path / "given", input_point=point)
+    extract_keys.run(given, World())
+    inputs = [open_keys(root).read("inputs") for root in (config.output, given.output)]
+    np.testing.assert_array_equal(*inputs)
 
 
 def test_int8_distances_are_those_of_the_states(config: Config, oracle: dict[str, np.ndarray]) -> None:

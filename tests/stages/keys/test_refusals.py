@@ -62,7 +62,7 @@ def test_another_model_in_the_same_output_is_refused(config: Config, tmp_path: P
             slice(None),
             r"key at position 0, layer 1 \(ffn_input\), is not finite.*another --output",
         ),
-        ("ln_f.weight", slice(None), "log-probability at position 0 is not finite"),
+        ("ln_f.weight", slice(None), r"input at position 0, layer 1 \(final_norm\), is not finite"),
         ("wpe.weight", 20, r"key at position \d+, layer 1 \(ffn_input\), is not finite"),
     ],
 )
@@ -77,6 +77,16 @@ def test_weights_that_are_not_finite_name_position_and_layer(
         extract_keys.run(replace(config, model=str(tmp_path / "nan"), codec="raw"), World())
     assert not (config.output / "manifest.json").exists()
     assert config.output.exists() == (row == 20)
+
+
+def test_log_probabilities_that_are_not_finite_are_refused(config: Config, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[:] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="log-probability at position 0 is not finite"):
+        extract_keys.run(replace(config, model=str(tmp_path / "nan"), input_point="ffn_input"), World())
+    assert not config.output.exists()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_training_and_evaluation_ask_for_the_model_of_the_inputs(
     provenance = provenance_of(settings)
     keys = open_keys(config.output)
     assert (provenance.base, provenance.key_model) == (keys.base_sha256, keys.model_sha256)
-    assert provenance.input_point == "ffn_input"
+    assert provenance.input_point == "final_norm"
     with pytest.raises(UserError, match="is not the base that"):
         training_inputs.open_inputs(replace(settings, model=str(other_base)), World())
     asked = evaluate.Config(
