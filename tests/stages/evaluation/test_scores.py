@@ -151,7 +151,7 @@ def test_an_exported_memory_scores_as_the_training_does(
         load_memory(artifacts / "memory"),
         lmbda=0.3,
         provenance=provenance,
-        input_point=CapturePoint(layer=provenance["input_layer"], point=provenance["key_point"]),
+        input_point=CapturePoint(layer=provenance["input_layer"], point=provenance["input_point"]),
         vocabulary_sha256=provenance["vocabulary_sha256"],
     )
     joint.save_pretrained(config.output.parent / "export")

@@ -38,9 +38,9 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def last_dir(inputs_dir, base_dir, tmp_path_factory):
-    """Keys of each point at the end of the base, with targets over them."""
+    """Keys of each point of the base's last layer, with targets over them."""
     root = tmp_path_factory.mktemp("joined-inputs")
-    for point in ("layer_output", "final_norm"):
+    for point in ("layer_output", "final_norm", "ffn_input"):
         config = extract_keys.Config(
             model=str(base_dir),
             corpus=inputs_dir / "corpus",
@@ -152,13 +152,13 @@ def test_ranks_and_stops_change_nothing(runs, last_dir):
     [
         ({"model": None, "start": "random"}, "--objective joined needs --model"),
         (
-            {"targets": "plain", "start": "random"},
+            {"targets": "ffn_input", "start": "random"},
             "--objective joined: the keys hold inputs of the point ffn_input",
         ),
     ],
 )
-def test_what_does_not_give_the_bases_distribution_is_refused(runs, inputs_dir, changes, said):
+def test_what_does_not_give_the_bases_distribution_is_refused(runs, last_dir, changes, said):
     values = dict(changes)
     if "targets" in values:
-        values["targets"] = inputs_dir / "targets"
+        values["targets"] = last_dir / values["targets"] / "targets"
     runs.refuse(said, "wrong", 2, **values)

@@ -173,7 +173,7 @@ def test_validation_is_that_of_the_written_weights(runs, driven, corpus_dir, bas
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     memory = Memory(MemoryConfig.from_dict(manifest["memory"]))
     memory.load_state_dict(runs.weights("validated"))
-    point = CapturePoint(layer=keys["input_layer"], point=keys["key_point"])
+    point = CapturePoint(layer=keys["input_layer"], point=keys["input_point"])
     pairs = []
     for window in windows[:: math.ceil(corpus.num_positions / 100)]:
         tokens = torch.from_numpy(corpus.tokens(window.context_start, window.stop + 1))
