@@ -54,7 +54,7 @@ class UnitRecords:
             self._folders.add(folder)
 
     def path(self, unit: str) -> Path:
-        return self._root / "done" / self._folder_of.get(unit, "") / f"{unit}.json"
+        return _record_path(self._root, self._folder_of.get(unit, ""), unit)
 
     def claim_path(self, unit: str) -> Path:
         return self.path(unit).with_name(f".{unit}.claim")
@@ -171,10 +171,13 @@ def recorded_files(root: Path, units: Sequence[str]) -> Iterator[tuple[str, froz
         units: every unit of a phase, in the stage's order.
     """
     for number, unit in enumerate(units):
-        path = root / "done" / folder_of(number, len(units)) / f"{unit}.json"
-        with contextlib.suppress(DamagedDataError):
-            if path.is_file():
-                yield unit, frozenset(file.name for file in _files_of(read_sealed_json(path)))
+        with contextlib.suppress(DamagedDataError):  # also where there is none
+            record = read_sealed_json(_record_path(root, folder_of(number, len(units)), unit))
+            yield unit, frozenset(file.name for file in _files_of(record))
+
+
+def _record_path(root: Path, folder: str, unit: str) -> Path:
+    return root / "done" / folder / f"{unit}.json"
 
 
 def _files_of(record: Mapping[str, Any]) -> list[FileRecord]:

@@ -75,10 +75,15 @@ def estimate(tested: ArmSums, figure: Figure, arms: Sequence[str]) -> Estimate:
         ends.append(_quantiles(values_R[~np.isnan(values_R)]))
     return Estimate(
         value=float(np.mean(values)),
-        interval=(float(min(low for low, _ in ends)), float(max(high for _, high in ends))),
+        interval=hull(ends),
         by_seed=tuple(values),
         undefined=max(undefined),
     )
+
+
+def hull(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """From the lowest end to the highest."""
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
 def _quantiles(values: Array) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mlpmem_ds.benchmarks.quality.arms import BASE
+from mlpmem_ds.benchmarks.quality.bootstrap import hull
 from mlpmem_ds.benchmarks.quality.figures import FIXED_ARMS
 from mlpmem_ds.benchmarks.quality.ratios import RATIOS
 from mlpmem_ds.benchmarks.quality.results import (
@@ -182,14 +183,12 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
 def _joined_seconds(all_seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of each job; what no seed changes was done in each run, and stays as the first has it."""
     joined: dict[str, float] = {}
-    for seconds in all_seconds:
-        joined = {**seconds, **joined}
+    for seconds in reversed(all_seconds):
+        joined.update(seconds)
     return dict(sorted(joined.items()))
 
 
 def _hull(intervals: Sequence[Interval | None]) -> Interval | None:
-    """From the lowest end to the highest; None where one is missing."""
+    """None where one is missing."""
     found = [interval for interval in intervals if interval is not None]
-    if not found or len(found) < len(intervals):
-        return None
-    return min(low for low, _ in found), max(high for _, high in found)
+    return hull(found) if len(found) == len(intervals) else None

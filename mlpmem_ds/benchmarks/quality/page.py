@@ -277,12 +277,7 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
     lines = []
     for preset in ("tiny", "small", "real"):
         found = next((result for result in results if result.preset == preset), None)
-        flags = {} if found is None else dict(found.settings)
-        flags.pop("preset", None)
-        if found is not None and len(found.seeds) != 3:
-            flags["seeds"] = str(len(found.seeds))
-        if found is not None and found.seeds[0] != 0:
-            flags["first-seed"] = str(found.seeds[0])
+        flags = {} if found is None else _flags_of(found)
         if preset == "real":
             flags.setdefault("base", "DIR")
         words = [f"--{name} {value}" for name, value in flags.items()]
@@ -297,3 +292,13 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
             " page, by seed. A recipe may have changed since a preset's date; its arms say what was trained."
         ),
     ]
+
+
+def _flags_of(result: QualityResult) -> dict[str, str]:
+    """Of its run, without --preset and without defaults of the seeds."""
+    flags = {name: value for name, value in result.settings.items() if name != "preset"}
+    if len(result.seeds) != 3:
+        flags["seeds"] = str(len(result.seeds))
+    if result.seeds[0] != 0:
+        flags["first-seed"] = str(result.seeds[0])
+    return flags

@@ -320,7 +320,8 @@ class Planner:
 
     def add_questions(self, questions: Sequence[Path]) -> None:
         """Question sets for the first seed: the exported subject under its gate, models, passages."""
-        seed, memory = self.first_seed, _trained("domain", SUBJECT, self.first_seed)
+        seed = self.first_seed
+        memory = _trained("domain", SUBJECT, seed)
         export, gate, report = (f"domain/{job}-{seed}" for job in ("export", "gate", "report"))
         self._add(
             export,

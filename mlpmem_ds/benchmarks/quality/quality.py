@@ -36,8 +36,8 @@ _CUT = ("--cut-documents", "4000")
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    tiny takes about 40 minutes on two cores, small and real (a pretrained --base) 2 hours each. The same
-    command continues what was interrupted.
+    tiny takes about 40 minutes on two cores, small and real (a pretrained --base) 2 hours each with one seed.
+    The same command continues what was interrupted.
     """
 
     example: ClassVar[str] = "python tools/bench.py quality --preset tiny --output runs/quality-tiny"
@@ -82,6 +82,10 @@ class Config(Flags):
         None,
     )
 
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        return tuple(range(self.first_seed, self.first_seed + self.seeds))
+
     def check(self) -> None:
         if (self.preset == "real") != (self.base is not None):
             raise UserError(
@@ -112,19 +116,18 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
         UserError: --output is a file, a job failed, or --join names results that do not fit.
     """
     check_places(config.output, config.page, name="quality")
-    seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
-    others = read_others(config.join, _settings(preset, config), seeds)
+    others = read_others(config.join, _settings(preset, config), config.seed_numbers)
     root = config.output.absolute()
     plan = make_plan(
         preset,
         root,
-        seeds=seeds,
+        seeds=config.seed_numbers,
         base=config.base,
         questions=[path.absolute() for path in config.questions],
     )
     runner = runner_of(root, config.jobs)
     runner.run(plan.jobs)
-    result = collect(preset, plan, runner, config, seeds)
+    result = collect(preset, plan, runner, config)
     write_result(root / FILE_NAME, result)  # it stays where the others cannot be joined
     if others:
         result = join_results([result, *others])
@@ -135,10 +138,8 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     return result
 
 
-def collect(
-    preset: Preset, plan: Plan, runner: JobRunner, config: Config, seeds: tuple[int, ...]
-) -> QualityResult:
-    """The result of a plan of these seeds whose jobs are complete."""
+def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> QualityResult:
+    """The result of a plan whose jobs are complete."""
     texts, ratios = [], []
     by_name = {"general": preset.general, "domain": preset.domain}
     for name in TEXTS:
@@ -153,7 +154,7 @@ def collect(
         machine=f"{machine['processor']}, {machine['cores']} cores, {runner.at_once} jobs at once",
         versions=describe_versions(),
         settings=_settings(preset, config),
-        seeds=seeds,
+        seeds=config.seed_numbers,
         left_out=plan.left_out,
         base=_describe_base(preset, config),
         texts=tuple(texts),
