@@ -170,13 +170,13 @@ def _claims(results: Sequence[QualityResult]) -> list[str]:
     valued = [one for one in found if one[1].value is not None]
     clear = [one for one in valued if one[1].is_clear]
     kinds = (
-        ("**Holds**, in the whole interval", [one for one in clear if one[1].is_met]),
-        ("**Does not hold**, nowhere in the interval", [one for one in clear if not one[1].is_met]),
-        ("**Cannot be said**, the interval has both", [one for one in valued if one not in clear]),
+        ("**Goal met**, in the whole interval", [one for one in clear if one[1].is_met]),
+        ("**Goal missed**, in the whole interval", [one for one in clear if not one[1].is_met]),
+        ("**Not decided**: the goal lies in the interval", [one for one in valued if one not in clear]),
     )
     parts = []
     for title, chosen in kinds:
-        parts += [f"{title}:", _claim_items(chosen)] if chosen else [f"{title}: nothing."]
+        parts += [f"{title}", _claim_items(chosen)] if chosen else [f"{title} (nothing)"]
     if without := [one for one in found if one not in valued]:
         parts += ["**Has no value**, for what it is a share of gained nothing:", _claim_items(without)]
     return parts
@@ -287,8 +287,9 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
         "## How to rerun it",
         "```bash\n" + "\n".join(lines) + "\n```",
         paragraph(
-            "tiny takes about 40 minutes on two cores, small and real 2 hours each with one seed."
-            " Interrupted, the same command continues. `quality.json` in the output has all numbers of this"
+            "A preset's section says how many minutes of jobs it took; on two cores two jobs ran at once."
+            " Interrupted, the same command continues. Files that a command names are those of that run ([how"
+            " ours were made](LAB.md#quality-real)). `quality.json` in the output has all numbers of this"
             " page, by seed. A recipe may have changed since a preset's date; its arms say what was trained."
         ),
     ]

@@ -128,7 +128,7 @@ def _questions(sets: Sequence[SetScores]) -> list[str]:
     header = ["set", "arm", "metric", "%", "change", "95 % interval", "s to first token", "tokens/s"]
     return [
         paragraph(
-            "The first seed's memory at its fixed λ, without the gate. Changes are percentage points against"
+            "The first seed's memory under its gate. Changes are percentage points against"
             " the base, intervals over questions; `base+rag` reads five passages of the domain text (BM25)."
         ),
         markdown_table(header, lines),
@@ -138,7 +138,7 @@ def _questions(sets: Sequence[SetScores]) -> list[str]:
 def _ratio_table(ratios: Sequence[RatioResult]) -> str:
     lines = [
         [
-            f"`{ratio.name}`",
+            f"{ratio.meaning} (`{ratio.name}`)",
             ratio.text,
             number_text(ratio.value, "{:.3f}"),
             "–" if ratio.interval is None else f"{ratio.interval[0]:.3f} … {ratio.interval[1]:.3f}",

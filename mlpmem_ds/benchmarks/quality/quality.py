@@ -26,6 +26,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.answers import read_answers
+from mlpmem_ds.formats.question_files import read_questions
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 _CUT = ("--cut-documents", "4000")
@@ -36,8 +37,8 @@ _CUT = ("--cut-documents", "4000")
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    tiny takes about 40 minutes on two cores, small and real (a pretrained --base) 2 hours each with one seed.
-    The same command continues what was interrupted.
+    On two cores with other light work, tiny took 40 minutes with three seeds, small 1½ hours and real (a
+    pretrained --base) 2½ hours with one. The same command continues what was interrupted.
     """
 
     example: ClassVar[str] = "python tools/bench.py quality --preset tiny --output runs/quality-tiny"
@@ -113,10 +114,13 @@ def run_preset(preset: Preset, config: Config) -> QualityResult:
     """The same with any preset.
 
     Raises:
-        UserError: --output is a file, a job failed, or --join names results that do not fit.
+        UserError: --output is a file, a job failed, a file of --questions cannot be read, or --join names
+            results that do not fit.
     """
     check_places(config.output, config.page, name="quality")
     others = read_others(config.join, _settings(preset, config), config.seed_numbers)
+    for path in config.questions:
+        read_questions(path)  # a fault there would end the run at its last job
     root = config.output.absolute()
     plan = make_plan(
         preset,

@@ -37,3 +37,5 @@ class Config(Flags):
         if (self.preset is None) == (not self.reports):
             raise UserError("give either --preset, which trains the sizes, or --reports that there are")
         refuse_repeated(self.reports, flag="--reports")
+        if self.preset is None:
+            self.refuse_unused("jobs", of="--preset")

@@ -72,7 +72,7 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
             ),
             "keys": (
                 *("extract-keys", "--model", base, "--corpus", corpus, "--unit-positions", 16384),
-                *BASE_OUTPUTS,
+                *(*BASE_OUTPUTS, *preset.reading_flags),
             ),
             "index": ("build-index", "--keys", keys),
             "targets": (
@@ -85,7 +85,7 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
             ),
             "report": (
                 *("evaluate", "--model", base, "--corpus", corpus, "--memory", str(at / "memory")),
-                *("--speed-positions", "none", "--samples", 0),
+                *("--speed-positions", "none", "--samples", 0, *preset.reading_flags),
             ),
         }
         former = "corpus"

@@ -13,8 +13,8 @@ from .conftest import in_one_line, make_result
 
 def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> None:
     page = in_one_line(render_page([make_result()]))
-    holds, rest = page.split("**Does not hold**")
-    fails, unclear = rest.split("**Cannot be said**")
+    holds, rest = page.split("**Goal missed**")
+    fails, unclear = rest.split("**Not decided**")
     assert "- what recovered_share means (at least 1 was the goal): **1.500** (tiny, domain text)" in holds
     assert "what memory_ppl_over_continued_training means" in fails
     assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
@@ -26,7 +26,7 @@ def test_a_ratio_without_a_value_is_named_with_the_reason() -> None:
     page = in_one_line(render_page([replace(result, ratios=(ratio,))]))
     _, without = page.split("**Has no value**, for what it is a share of gained nothing:")
     assert f"- what {ratio.name} means (at least 1 was the goal): **–** (tiny, domain text)" in without
-    assert f"| `{ratio.name}` | domain | – | – | – 1.500 |" in page
+    assert f"| what {ratio.name} means (`{ratio.name}`) | domain | – | – | – 1.500 |" in page
 
 
 def test_the_overview_has_a_line_a_text_with_the_changes_against_the_base() -> None:

@@ -142,6 +142,16 @@ def test_a_file_as_output_and_a_page_in_no_folder_are_refused(preset: Preset, tm
         run_preset(preset, Config(output=tmp_path / "run", page=tmp_path / "no" / "RESULTS.md"))
 
 
+def test_questions_that_cannot_be_read_are_refused_before_anything_is_made(
+    preset: Preset, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    for name, fault in (("none.jsonl", "none.jsonl"), ("empty.jsonl", "write one JSON object a line")):
+        with pytest.raises(UserError, match=f"--questions .*{fault}"):
+            run_preset(preset, Config(output=tmp_path / "run", questions=(tmp_path / name,)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_real_takes_a_base_and_needs_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--preset real needs --base"):
         Config(output=tmp_path, preset="real")
