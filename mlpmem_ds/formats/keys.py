@@ -194,6 +194,11 @@ class Keys(CompleteStage[KeysManifest]):
         return self.manifest.input_size
 
     @property
+    def has_log_probabilities(self) -> bool:
+        """Whether the base's log-probabilities are stored; an imported datastore has none."""
+        return self.files.find(self.file_name("log_probabilities", 0)) is not None
+
+    @property
     def input_point(self) -> Point:
         """Where in the input layer the memory's inputs are read."""
         return self.manifest.input_point

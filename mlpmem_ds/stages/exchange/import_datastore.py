@@ -5,7 +5,7 @@
     OUTPUT/targets   encoding `exact`: the same probabilities
 
 Row i of a datastore and of its targets is position i. The files hold no log-probabilities of the base, so
-training through the mixture is not possible on them.
+`train` refuses `--ce-through mixture` and `--objective helpful` on them.
 """
 
 from __future__ import annotations

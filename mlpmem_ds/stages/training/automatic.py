@@ -29,6 +29,8 @@ class Facts:
     has_targets: bool
     starts_as_base: bool
     """whether p_mem = p_base before the first step"""
+    has_log_probabilities: bool
+    """whether the keys hold the base's, through which the mixture is trained"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
         ),
     ),
     Rule(
-        holds=lambda facts: facts.num_positions < _FEW_POSITIONS,
+        holds=lambda facts: facts.num_positions < _FEW_POSITIONS and facts.has_log_probabilities,
         choice=Choice(
             objective="imitation",
             alpha=0.5,
@@ -89,6 +91,20 @@ RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
             reason=(
                 f"below {_FEW_POSITIONS:,} positions fresh blocks gained most from imitation with cross"
                 " entropy through the mixture"
+            ),
+        ),
+    ),
+    Rule(
+        holds=lambda facts: facts.num_positions < _FEW_POSITIONS,
+        choice=Choice(
+            objective="imitation",
+            alpha=0.5,
+            ce_through="plain",
+            min_epochs=_EPOCHS,
+            reason=(
+                f"below {_FEW_POSITIONS:,} positions cross entropy through the mixture gained more, but the"
+                " keys hold no log-probabilities of the base, which it reads: imitation with plain cross"
+                " entropy"
             ),
         ),
     ),
@@ -124,6 +140,7 @@ def settle(config: Config, inputs: TrainingInputs, world: World) -> tuple[Config
             num_positions=inputs.keys.num_positions,
             has_targets=inputs.targets is not None,
             starts_as_base=config.start == "base",
+            has_log_probabilities=inputs.keys.has_log_probabilities,
         )
     )
     ce_through = config.ce_through or choice.ce_through

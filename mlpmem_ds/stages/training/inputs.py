@@ -136,6 +136,21 @@ def verify_files(directory: StageDirectory, inputs: TrainingInputs, *, with_log_
         verify_inputs(directory, inputs.tuning, inputs.tuning.stream_files, label="tuning")
 
 
+def check_log_probabilities(config: Config, keys: Keys) -> None:
+    """The keys store the base's log-probabilities, which the objective reads.
+
+    Raises:
+        UserError: they do not; those of an imported datastore never do.
+    """
+    if not keys.has_log_probabilities:
+        raise UserError(
+            f"--objective {config.objective} with --ce-through {config.ce_through} reads what the base gives"
+            f" each label, and --keys {keys.root} hold no log-probabilities of the base (an imported"
+            " datastore has none): give --ce-through plain with --objective imitation or joined, or keys of"
+            " extract_keys"
+        )
+
+
 def check_loader(config: Config, inputs: TrainingInputs, world: World) -> None:
     """The shards can be streamed by so many ranks.
 

@@ -53,6 +53,7 @@ from mlpmem_ds.stages.training.initial_memory import InitialMemory, hash_initial
 from mlpmem_ds.stages.training.inputs import (
     TrainingInputs,
     check_loader,
+    check_log_probabilities,
     open_inputs,
     provenance_of,
     verify_files,
@@ -108,6 +109,8 @@ def _run_together(
     memory = memory_shape(config, inputs, input_size, start)
     starts = {} if start is None else start.parameters(memory)
     objective = OBJECTIVES[config.objective](config, memory)
+    if objective.needs_base_log_probabilities:
+        check_log_probabilities(config, inputs.keys)
     base_end = open_base_end(config, inputs) if objective.needs_base_end else None
     if config.compile:
         _require_compiler(memory.family, world)

@@ -19,6 +19,7 @@ from mlpmem_ds.stages.exchange import export_datastore, import_datastore
 from mlpmem_ds.stages.exchange.config import ExportConfig, ImportConfig
 from mlpmem_ds.stages.training import inputs as training_inputs
 from mlpmem_ds.stages.training import train
+from mlpmem_ds.stages.training.automatic import settle
 
 pa = pytest.importorskip("pyarrow")
 ROOT = Path(__file__).parents[3]
@@ -137,18 +138,47 @@ def test_every_number_is_there(imported: Path, keys_ND: np.ndarray) -> None:
     np.testing.assert_allclose(found.dropped, np.maximum(lacking, 0), atol=1e-3)
 
 
-def test_the_trainer_takes_them(imported: Path, base_dir: Path, tmp_path: Path) -> None:
-    config = train.Config(
+def training_of(imported: Path, output: Path, **changes: Any) -> train.Config:
+    return train.Config(
         ds_config=ROOT / "ds_configs" / "cpu.json",
         corpus=imported / "corpus",
         targets=imported / "targets",
         keys=imported / "keys",
-        output=tmp_path / "memory",
+        output=output,
         batch_positions=16,
+        **changes,
     )
-    inputs = training_inputs.open_inputs(config, World())
+
+
+def test_the_trainer_takes_them(imported: Path, tmp_path: Path) -> None:
+    inputs = training_inputs.open_inputs(training_of(imported, tmp_path / "memory"), World())
     assert inputs.keys.num_positions == ROWS and inputs.keys.input_size == WIDTH
     assert inputs.keys.manifest.key_layer == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ce_through": "mixture"},
+        {"objective": "helpful"},
+        {"objective": "auto", "alpha": None, "ce_through": "mixture"},
+    ],
+    ids=["mixture", "helpful", "auto"],
+)
+def test_what_reads_the_bases_log_probabilities_is_refused(
+    imported: Path, tmp_path: Path, changes: Any
+) -> None:
+    said = "keys hold no log-probabilities of the base.*: give --ce-through plain with --objective imitation"
+    with pytest.raises(UserError, match=said):
+        train.run(training_of(imported, tmp_path / "memory", **changes), World())
+    assert not (tmp_path / "memory").exists()
+
+
+def test_an_objective_that_is_chosen_does_without_them(imported: Path, tmp_path: Path) -> None:
+    auto = training_of(imported, tmp_path / "memory", objective="auto", alpha=None, ce_through=None)
+    config, inputs = settle(auto, training_inputs.open_inputs(auto, World()), World())
+    assert (config.objective, config.alpha, config.ce_through) == ("imitation", 0.5, "plain")
+    assert "hold no log-probabilities" in str(inputs.objective_reason)
 
 
 def test_out_again_they_are_what_came_in(imported: Path, keys_ND: np.ndarray, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mlpmem_ds.stages.training.config import Config
 from mlpmem_ds.stages.training.inputs import TrainingInputs
 from mlpmem_ds.stages.training.objectives import OBJECTIVES
 
-MANY = Facts(num_positions=10**7, has_targets=True, starts_as_base=False)
+MANY = Facts(num_positions=10**7, has_targets=True, starts_as_base=False, has_log_probabilities=True)
 WORDS = ("--ds_config", "x", "--corpus", "x", "--targets", "x", "--output", "x")
 
 
@@ -23,7 +23,7 @@ def parse(*words):
 
 
 def make_inputs(*, num_positions=1000, targets=True):
-    keys = SimpleNamespace(num_positions=num_positions)
+    keys = SimpleNamespace(num_positions=num_positions, has_log_probabilities=True)
     return TrainingInputs(
         corpus=None,
         keys=keys,
@@ -40,6 +40,7 @@ def make_inputs(*, num_positions=1000, targets=True):
         (replace(MANY, has_targets=False), ("imitation", 0.0, "plain")),
         (replace(MANY, starts_as_base=True), ("imitation", 0.5, "plain")),
         (replace(MANY, num_positions=100_000), ("imitation", 0.5, "mixture")),
+        (replace(MANY, num_positions=100_000, has_log_probabilities=False), ("imitation", 0.5, "plain")),
         (MANY, ("imitation", 0.5, "plain")),
     ],
 )
@@ -51,10 +52,11 @@ def test_facts_decide(facts, expected):
 
 def test_every_rule_is_reached_and_names_an_objective():
     cases = [
-        replace(MANY, has_targets=has, starts_as_base=starts, num_positions=count)
+        replace(MANY, has_targets=has, starts_as_base=starts, num_positions=count, has_log_probabilities=logs)
         for has in (False, True)
         for starts in (False, True)
         for count in (10**5, 10**7)
+        for logs in (False, True)
     ]
     assert {id(choose(facts)) for facts in cases} == {id(rule.choice) for rule in RULES}
     assert all(rule.choice.objective in OBJECTIVES for rule in RULES)
