@@ -10,7 +10,7 @@ def matched_parameters(config: Config) -> int | None:
     """The parameters of --match-memory, an own head included, or --match-parameters; None with neither.
 
     Raises:
-        UserError: there is no finished memory.
+        UserError: there is no finished memory, or an export of several.
     """
     if config.match_memory is None:
         return config.match_parameters

@@ -2,7 +2,8 @@
 
     OUTPUT of a training     its weights/ is taken
     OUTPUT/weights           config.json, model.safetensors
-    EXPORT                   config.json, model*.safetensors; only the tensors of the memory are read
+    EXPORT                   config.json, model*.safetensors; only the tensors of the memory are read; one of
+                             several memories (a bank) is refused
 
 A training in bfloat16 starts from the weights as bfloat16 holds them.
 """
@@ -62,7 +63,7 @@ def open_initial_memory(root: Path, *, flag: str = _FLAG) -> InitialMemory:
     """Find the memory and check that every tensor is there and of its shape; no numbers are read.
 
     Raises:
-        UserError: no memory there, or one that is not finished.
+        UserError: no memory there, one that is not finished, or an export of several.
         DamagedDataError: its files contradict each other or cannot be read.
     """
     root = fetch_directory(str(root), flag=flag)
@@ -86,6 +87,11 @@ def open_initial_memory(root: Path, *, flag: str = _FLAG) -> InitialMemory:
         vocabulary: str | None = described.provenance.vocabulary_sha256
         shape, prefix = dict(described.memory), ""
     elif description.get("model_type") == "mlpmem":
+        if description.get("further_memories"):
+            raise UserError(
+                f"{flag} {root} is an export of several memories (a bank): give the output of one of their"
+                " trainings"
+            )
         shape, prefix = description.get("memory_config"), _EXPORT_PREFIX
         vocabulary = description.get("vocabulary_sha256") or None
     else:
