@@ -15,7 +15,13 @@ from typing import Any
 import mlpmem_ds
 from mlpmem_ds.core.config import flag_name, plain_values
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import content_hash, publish_json, read_json_object, read_sealed_json
+from mlpmem_ds.core.files import (
+    content_hash,
+    publish_json,
+    read_json_object,
+    read_sealed_json,
+    sha256_of_file,
+)
 from mlpmem_ds.core.world import World
 
 IDENTITY_FIELD = "identity"
@@ -150,6 +156,32 @@ def read_description(root: Path) -> dict[str, Any]:
     """run.json of a stage's latest start, as `describe_run` gives it; {} where there is none."""
     path = root / "run.json"
     return read_json_object(path) if path.is_file() else {}
+
+
+def flags_of_run(root: Path) -> Mapping[str, Any]:
+    """The flags of a stage's latest start; {} where it does not say them."""
+    flags: Mapping[str, Any] = read_description(root).get("config", {})
+    return flags
+
+
+def find_input(root: Path, name: str, sha256: str | None, *, given: Path | None = None) -> Path | None:
+    """The directory that a stage was made from: `given`, as the stage's flags name it, or next to the stage.
+
+    Args:
+        root: the stage's directory.
+        name: of the input, as the flag is called.
+        sha256: of the input's manifest, as the stage or what it wrote gives it; None = not known.
+        given: where it may be too.
+
+    Returns:
+        None unless the manifest there has this hash.
+    """
+    for path in (given, flags_of_run(root).get(name), root.resolve().parent / name):
+        if not path or not (Path(path) / "manifest.json").is_file():
+            continue
+        if sha256_of_file(Path(path) / "manifest.json") == sha256:
+            return Path(path)
+    return None
 
 
 def check_output(output: Path, *, stage: str, leftovers: Collection[str] = ()) -> bool:

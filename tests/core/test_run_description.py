@@ -10,10 +10,12 @@ import pytest
 
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.run_description import (
     check_output,
     describe_run,
+    find_input,
+    flags_of_run,
     read_description,
     settle_identity,
     withdraw,
@@ -128,3 +130,29 @@ def test_hidden_files_that_the_next_start_uses_stay(tmp_path: Path) -> None:
     (tmp_path / "run" / ".fetched").mkdir()
     withdraw(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".fetched"]
+
+
+def _stage(root: Path, **flags: str) -> Path:
+    root.mkdir(parents=True)
+    publish_json(root / "run.json", {"config": flags})
+    (root / "manifest.json").write_text(root.name)
+    return root
+
+
+def test_an_input_is_found_by_the_flags_next_to_the_stage_or_where_it_is_given(tmp_path: Path) -> None:
+    keys = _stage(tmp_path / "elsewhere" / "keys")
+    sha256 = sha256_of_file(keys / "manifest.json")
+    named, memory = _stage(tmp_path / "run" / "named", keys=str(keys)), _stage(tmp_path / "run" / "memory")
+    assert flags_of_run(named) == {"keys": str(keys)} and flags_of_run(tmp_path) == {}
+    assert find_input(named, "keys", sha256) == keys
+    assert find_input(memory, "keys", sha256) is None
+    assert find_input(memory, "keys", sha256, given=keys) == keys
+    assert find_input(memory, "keys", sha256, given=tmp_path / "missing") is None
+    neighbour = _stage(tmp_path / "run" / "keys")
+    assert find_input(memory, "keys", sha256) == neighbour
+
+
+def test_another_directory_of_that_name_is_not_taken(tmp_path: Path) -> None:
+    keys, memory = _stage(tmp_path / "keys"), _stage(tmp_path / "memory")
+    assert find_input(memory, "keys", "0" * 64, given=keys) is None
+    assert find_input(memory, "keys", None) is None

@@ -5,7 +5,7 @@ Read in this order:
 - `convert_checkpoint.py`: `run`: inputs → files → verification → the directory appears whole
 - `identity.py`: whether an export that is there is the one that the flags ask for
 - `inputs.py`: finds and checks all that an export is made from:
-- `training_inputs.py`: what a memory was trained from, where it is still on this disk
+- `training_inputs.py`: the base of a memory, as its keys name it
 - `export_tokenizer.py`: the tokenizer, which must be that of the training
 - `lambda_choice.py`: the weight of a memory, and how it was chosen
 - `gate_inputs.py`: a fitted gate, and its memories in order

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import sha256_of_file
+from mlpmem_ds.core.run_description import find_input
 from mlpmem_ds.engines.model_cards import CardFacts
 from mlpmem_ds.engines.model_files import (
     GENERATION_FILE,
@@ -31,7 +32,7 @@ from mlpmem_ds.stages.conversion.export_tokenizer import check_begins, choose_to
 from mlpmem_ds.stages.conversion.gate_inputs import check_gate_base, places_in_gate
 from mlpmem_ds.stages.conversion.import_reference import read_reference
 from mlpmem_ds.stages.conversion.lambda_choice import choose_lambda, read_report
-from mlpmem_ds.stages.conversion.training_inputs import input_of_training, model_of_keys
+from mlpmem_ds.stages.conversion.training_inputs import model_of_keys
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
 
 FORMAT, VERSION = "mlpmem-export", 1
@@ -212,8 +213,8 @@ def open_parts(
         check_gate_base(gate, base_sha256, model)
     for each in memories:
         _check_base(each.trained, each.root, model, base_sha256, flag)
-    corpus_root = input_of_training(first.root, "corpus", trained.provenance.corpus)
-    targets_root = input_of_training(first.root, "targets", trained.provenance.targets)
+    corpus_root = find_input(first.root, "corpus", trained.provenance.corpus)
+    targets_root = find_input(first.root, "targets", trained.provenance.targets)
     opened, named = choose_tokenizer(tokenizer, model, corpus_root, f"{flag} {first.root}")
     own = vocabulary_sha256(opened)
     for each in memories:

@@ -139,7 +139,7 @@ def _price_columns(evaluation: Evaluation) -> list[Column]:
             title="made in",
             meaning=(
                 "wall-clock seconds of the stages that the arm needs and the base does not, from their logs;"
-                " – where a log was not given"
+                " – where one of them or its log was not found"
             ),
             cell=lambda arm: "–" if arm.name == base else number_text(arm.seconds, "{:.0f} s"),
         ),

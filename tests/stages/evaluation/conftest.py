@@ -21,8 +21,9 @@ from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.evaluation import Evaluation, read_evaluation
+from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys, encode, open_keys, read_codec
-from mlpmem_ds.formats.targets import TargetsManifest
+from mlpmem_ds.formats.targets import TargetsManifest, open_targets
 from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest, TrainingResult
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.memory import Memory
@@ -83,7 +84,12 @@ def load_memory(root: Path) -> Memory:
 
 
 def save_targets(
-    root: Path, keys_sha256: str, *, search: str = "ivf", weighting: Weighting | None = None
+    root: Path,
+    keys_sha256: str,
+    *,
+    index_sha256: str = "0" * 64,
+    search: str = "ivf",
+    weighting: Weighting | None = None,
 ) -> Path:
     """Write targets of no position: the evaluation reads what they were made with."""
     directory = open_stage(
@@ -91,7 +97,7 @@ def save_targets(
         stage=TargetsManifest.FORMAT,
         version=TargetsManifest.VERSION,
         config=Flags(),
-        inputs={"keys": keys_sha256},
+        inputs={"keys": keys_sha256, **({"index": index_sha256} if search == "ivf" else {})},
         world=World(),
     )
     weighting = weighting or Weighting(temperature=TEMPERATURE)
@@ -146,8 +152,8 @@ def artifacts(
     build_index.run(
         build_index.Config(keys=keys_dir, output=root / "index", factory="IVF4,PQ4x4", num_shards=2), World()
     )
-    save_targets(root / "targets", keys.sha256)
-    save_memory(root / "memory", keys, corpus, seed=1)
+    save_targets(root / "targets", keys.sha256, index_sha256=open_index(root / "index").sha256)
+    save_memory(root / "memory", keys, corpus, seed=1, targets=open_targets(root / "targets").sha256)
     save_memory(root / "ce_only", keys, corpus, seed=2, alpha=0)
     save_model(base_dir, corpus_dir, root / "trained_on", seed=5)
     return root

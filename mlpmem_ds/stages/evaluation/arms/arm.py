@@ -148,6 +148,6 @@ class Arm(Protocol):
 
 
 def sum_of_logs(roots: Sequence[Path | None]) -> float | None:
-    """Seconds that these stages took, from their logs; None where a directory was not given or has no log."""
+    """Seconds that these stages took, from their logs; None where a directory is not there or has no log."""
     logged = [None if root is None else seconds_of_stage(root) for root in roots]
     return None if None in logged else sum(seconds for seconds in logged if seconds is not None)

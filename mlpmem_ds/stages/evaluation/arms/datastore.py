@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.run_description import find_input
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
 from mlpmem_ds.formats.targets import Targets, open_targets
@@ -40,9 +41,12 @@ def read_datastore(keys: Path | None, index: Path | None, targets: Path | None) 
     return Datastore(keys=opened, index=opened_index, targets=opened_targets)
 
 
-def stages_of_targets(keys: Path | None, index: Path | None, targets: Path | None) -> list[Path | None]:
-    """The directories whose stages made the targets; None in the place of one that was not given."""
+def stages_of_targets(targets: Path | None, *, index: Path | None) -> list[Path | None]:
+    """The directories of the targets and of what was made of their keys for them; None in the place of one
+    that is not found. `index` is where their index may be."""
     if targets is None:
-        return [keys, None]
-    is_searched = open_targets(targets).manifest.search == "ivf"
-    return [keys, *([index] if is_searched else []), targets]
+        return [None]
+    opened = open_targets(targets, has_shards=False)
+    if opened.manifest.search != "ivf":
+        return [targets]
+    return [find_input(targets, "index", opened.inputs.get("index"), given=index), targets]

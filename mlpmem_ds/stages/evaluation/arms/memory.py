@@ -19,6 +19,7 @@ import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json_object
+from mlpmem_ds.core.run_description import find_input
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.hidden_states import resolve_point, state_width, weights_on_device
 from mlpmem_ds.engines.model_files import fingerprint_model
@@ -187,15 +188,18 @@ def _open_memory(root: Path, flag: str, name: str, part: Part, config: Config, c
 
 
 def _stages(stored: StoredMemory, config: Config) -> list[Path | None]:
-    """The directories of all stages that made a memory; None in the place of one that was not given."""
-    provenance = stored.provenance
+    """The directories of all stages that made a memory; None in the place of one that is not found. Those
+    that the flags name count only where they are the memory's own."""
+    provenance, root = stored.provenance, stored.root
+    if not stored.is_training or provenance.init_from is not None:  # what it starts from took time too
+        return [None]
     if provenance.control == "random-memory":
-        return [stored.root if stored.is_training else None]
-    needs_targets = provenance.alpha != 0
-    made_from = (
-        stages_of_targets(config.keys, config.index, config.targets) if needs_targets else [config.keys]
-    )
-    return [*made_from, stored.root if stored.is_training else None]
+        return [root]
+    keys = find_input(root, "keys", provenance.keys, given=config.keys)
+    if provenance.alpha == 0:
+        return [keys, root]
+    targets = find_input(root, "targets", provenance.targets, given=config.targets)
+    return [keys, *stages_of_targets(targets, index=config.index), root]
 
 
 def read_memory(root: Path, *, flag: str, shared: Path | None = None) -> StoredMemory:
