@@ -16,10 +16,13 @@ import numpy as np
 
 from mlpmem_ds.benchmarks.quality.bootstrap import draw_documents
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
+from mlpmem_ds.core.run_description import find_input, flags_of_run
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
-from mlpmem_ds.formats.evaluation import ArmFigures, Evaluation, open_report, read_document_sums
-from mlpmem_ds.formats.trained_models import BaseManifest
+from mlpmem_ds.formats.evaluation import ArmFigures, Evaluation, Report, open_report, read_document_sums
+from mlpmem_ds.formats.trained_models import BaseManifest, read_memory_description
+from mlpmem_ds.stages.evaluation.config import memory_directories
 
 DECODER, WITH_MEMORY = "decoder alone", "decoder + memory"
 NUM_DRAWS = 1000
@@ -47,12 +50,13 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
 
     Raises:
         UserError: a report has no memory, is of another text than the first, or what its base or its memory
-            cost is not known: the base was not trained by train_base, the memory is from elsewhere, or the
-            corpus is gone.
+            cost is not known: the base was not trained by train_base, the memory is from elsewhere, or it or
+            the text that it was trained on is gone.
     """
     points: list[Point] = []
     for root in reports:
-        evaluation = open_report(root, flag="--reports").evaluation
+        report = open_report(root, flag="--reports")
+        evaluation = report.evaluation
         if evaluation.subject is None:
             raise UserError(f"--reports {root} has no memory: evaluate it with --memory")
         documents = read_document_sums(root, evaluation.test_split)
@@ -63,8 +67,7 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
                 " it cost is not: give reports of memories that were trained here"
             )
         learnt = 6 * base.parameters * _tokens_of_base(evaluation, root)
-        corpus = num_tokens_of_splits(Path(evaluation.corpus), flag=f"--reports {root}: its corpus")
-        read = 2 * base.parameters * corpus["train"]
+        read = 2 * base.parameters * _tokens_read_for_memory(report, root)
         added = memory.parameters - base.parameters
         both = learnt + read + 6 * added * memory.tokens
         for name, arm, compute in ((DECODER, base, learnt), (WITH_MEMORY, memory, both)):
@@ -96,6 +99,33 @@ def _tokens_of_base(evaluation: Evaluation, root: Path) -> int:
         )
     stage: CompleteStage[BaseManifest] = read_stage(CompleteStage, BaseManifest, base, flag="--reports")
     return stage.manifest.training.steps * stage.manifest.training.rows_per_step
+
+
+def _tokens_read_for_memory(report: Report, root: Path) -> int:
+    """Of the texts that the subject's memories were trained on, which may be others than the evaluated one;
+    what several were trained on was read once."""
+    evaluation = report.evaluation
+    memories = memory_directories(flags_of_run(root).get("memory", ()))
+    if evaluation.subject in memories:  # else it is the bank of all
+        memories = {evaluation.subject: memories[evaluation.subject]}
+    corpora: dict[str | None, Path] = {}
+    for name, directory in memories.items():
+        memory = Path(directory)
+        manifest = memory / "manifest.json"
+        if not manifest.is_file() or sha256_of_file(manifest) != report.inputs.get(name):
+            raise UserError(
+                f"--reports {root}: {name}, {memory}, is not there as it was evaluated, so the text of its"
+                " training is not known: evaluate it again, as an output of launch/train.py"
+            )
+        sha256 = read_memory_description(memory / "weights" / "config.json").provenance.corpus
+        corpus = find_input(memory, "corpus", sha256, given=Path(evaluation.corpus))
+        if corpus is None:
+            raise UserError(
+                f"--reports {root}: the text that {name} was trained on is not found, so what the base read"
+                f" for it is not known: put its corpus where it was, or as `corpus` next to {memory}"
+            )
+        corpora[sha256] = corpus
+    return sum(num_tokens_of_splits(corpus, flag="--reports")["train"] for corpus in corpora.values())
 
 
 def drawn_losses(points: Sequence[Point]) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +13,54 @@ from mlpmem_ds.benchmarks.scaling.config import Config
 from mlpmem_ds.benchmarks.scaling.fit_scaling import fit_reports
 from mlpmem_ds.benchmarks.scaling.points import read_points
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.evaluation import DocumentSums, write_document_sums, write_evaluation
+from mlpmem_ds.core.files import publish_json, read_json_object, sha256_of_file
+from mlpmem_ds.formats.evaluation import (
+    DocumentSums,
+    read_evaluation,
+    write_document_sums,
+    write_evaluation,
+)
+from mlpmem_ds.models.memory_config import MemoryConfig
 
-from ...stages.conftest import make_arm, make_evaluation
+from ...manifests import make_provenance
+from ...stages.conftest import make_arm, make_evaluation, publish_memory
 
 POSITIONS_M = np.array([40, 60])
 
 
+TRAIN_TOKENS = {"evaluated": 200, "larger": 5000}
+
+
 class Opened:
-    """A report whose eval.json alone is there."""
+    """A report whose eval.json alone is there, with the memories that lie next to it."""
 
     def __init__(self, root: Path, *, flag: str) -> None:
-        self.evaluation = points_reader(root)
-
-
-def points_reader(root: Path):
-    from mlpmem_ds.formats.evaluation import read_evaluation
-
-    return read_evaluation(root)
+        self.evaluation = read_evaluation(root)
+        found = {path.parent.name: sha256_of_file(path) for path in root.glob("*/manifest.json")}
+        self.inputs = {f"base+{name}": sha256 for name, sha256 in found.items()}
 
 
 @pytest.fixture(autouse=True)
-def known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each base read 500 tokens; the train split has 200."""
+def sizes_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each base read 500 tokens; the train splits are as above."""
     monkeypatch.setattr(points, "open_report", Opened)
     monkeypatch.setattr(points, "_tokens_of_base", lambda evaluation, root: 500)
-    monkeypatch.setattr(points, "num_tokens_of_splits", lambda root, flag: {"train": 200})
+    monkeypatch.setattr(points, "num_tokens_of_splits", lambda root, flag: {"train": TRAIN_TOKENS[root.name]})
+
+
+def _corpus(root: Path) -> str:
+    """A corpus of this name, unless it is there; its hash."""
+    root.mkdir(exist_ok=True)
+    (root / "manifest.json").write_text(root.name)
+    return sha256_of_file(root / "manifest.json")
+
+
+def _write_memory(root: Path, corpus: Path) -> None:
+    """As a training leaves it, which is where the flags of a report name it."""
+    shape = MemoryConfig(input_size=8, hidden_size=8, intermediate_size=8, num_blocks=1, vocab_size=9)
+    publish_memory(root, shape, make_provenance(corpus=_corpus(corpus)), seed=0)
+    description = read_json_object(root / "run.json")
+    publish_json(root / "run.json", {**description, "config": {"corpus": str(corpus)}})
 
 
 def _write(
@@ -48,15 +71,22 @@ def _write(
     last: int = 60,
     tokens: int | None = 1000,
     added: int = 100,
+    trained_on: dict[str, str] | None = None,
 ) -> Path:
+    """A report on the corpus `evaluated`, and in it its memories, by the text that each was trained on."""
     root.mkdir()
+    evaluated, memories = root.parent / "evaluated", trained_on or {"memory": "evaluated"}
+    _corpus(evaluated)
+    for name, corpus in memories.items():
+        _write_memory(root / name, root.parent / corpus)
+    publish_json(root / "run.json", {"config": {"memory": [f"{name}={root / name}" for name in memories]}})
     arms = [
         make_arm("base", 20.0, parameters=parameters),
-        make_arm("base+memory", 17.0, parameters=parameters + added, tokens=tokens),
+        make_arm(subject or "base+memory", 17.0, parameters=parameters + added, tokens=tokens),
     ]
-    write_evaluation(root, make_evaluation(*arms, subject=subject))
+    write_evaluation(root, make_evaluation(*arms, subject=subject, corpus=str(evaluated)))
     positions_M = np.array([40, last])
-    sums = {"base": -np.log(20.0) * positions_M, "base+memory": -np.log(17.0) * positions_M}
+    sums = {"base": -np.log(20.0) * positions_M, arms[1].name: -np.log(17.0) * positions_M}
     write_document_sums(root, "test", DocumentSums(positions_M=positions_M, sums=sums))
     return root
 
@@ -77,14 +107,34 @@ def test_a_report_without_a_memory_or_of_another_text_is_refused(tmp_path: Path)
         read_points(roots)
 
 
-def test_a_cost_that_is_not_known_is_no_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("trained_on", "tokens"),
+    [
+        ({"memory": "larger"}, 5000),
+        ({"one": "larger", "two": "evaluated"}, 5200),
+        ({"one": "larger", "two": "larger"}, 5000),
+    ],
+    ids=["one", "bank", "bank of one text"],
+)
+def test_the_base_read_the_text_that_the_memory_was_trained_on(
+    tmp_path: Path, trained_on: dict[str, str], tokens: int
+) -> None:
+    subject = "base+memory" if len(trained_on) == 1 else "base+bank"
+    base, memory = read_points([_write(tmp_path / "r", 1000, subject=subject, trained_on=trained_on)])
+    assert memory.compute == base.compute + 2 * 1000 * tokens + 6 * 100 * 1000
+
+
+def test_a_cost_that_is_not_known_is_no_zero(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="how many tokens base.memory was trained on is not known"):
         read_points([_write(tmp_path / "imported", 1000, tokens=None)])
-    monkeypatch.undo()
-    monkeypatch.setattr(points, "open_report", Opened)
-    monkeypatch.setattr(points, "_tokens_of_base", lambda evaluation, root: 500)
-    with pytest.raises(UserError, match="--reports .*moved: its corpus run/corpus does not exist: give the"):
-        read_points([_write(tmp_path / "moved", 1000)])
+    gone = _write(tmp_path / "gone", 1000)
+    (gone / "memory").rename(gone / "moved")
+    with pytest.raises(UserError, match="--reports .*gone: base.memory, .*, is not there .* evaluate it"):
+        read_points([gone])
+    textless = _write(tmp_path / "textless", 1000, trained_on={"memory": "larger"})
+    shutil.rmtree(tmp_path / "larger")
+    with pytest.raises(UserError, match="--reports .*textless: the text that base.memory was trained on"):
+        read_points([textless])
 
 
 def test_sizes_that_are_none_are_refused(tmp_path: Path) -> None:
