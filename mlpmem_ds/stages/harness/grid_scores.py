@@ -1,7 +1,8 @@
 """Part of `run_lm_eval`: how likely texts are after a context, at every λ of a grid, from one forward pass.
 
-Base and memory read the context once, and its cache serves all continuations. What the two say of the tokens
-is mixed afterwards, for each λ. A gate that is no number is asked in a pass of its own.
+Base and memory read the context once, and its cache serves all continuations; of a model without a cache of
+keys and values each continuation is read behind the whole context. What the two say of the tokens is mixed
+afterwards, for each λ. A gate that is no number is asked in a pass of its own.
 
 Shapes: B rows, S tokens, K positions that are predicted, T tokens of a continuation, V vocabulary, G weights
 of the grid.
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from transformers import cache_utils
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
+from mlpmem_ds.models.carried_layers import CarriedLayer
 from mlpmem_ds.models.mixture import NOTHING, GateInputs, Grid, StoredGate, log_mixture
 from mlpmem_ds.stages.questions.answering import Answerer, cut_ids
 from mlpmem_ds.stages.questions.lengths import too_long
@@ -142,8 +145,8 @@ class _Reading:
         (first_KV, memory_KV), cache = self._forward([before], None, 1)
         if longest == 1:
             return [(first_KV[0], _row(memory_KV, 0))] * len(afters)
-        if len(afters) > 1 and not hasattr(cache, "batch_repeat_interleave"):  # a cache of another kind
-            return [self.opinions(before, [after])[0] for after in afters]
+        if not _serves_continuations(cache):
+            return [self._whole(before, after) for after in afters]
         if len(afters) > 1:
             cache.batch_repeat_interleave(len(afters))
         # What follows a shorter continuation stands behind all that it is scored on.
@@ -158,6 +161,11 @@ class _Reading:
                 memory = torch.cat([memory_KV[0], rest_memory_BKV[number, keep]])
             found.append((base, memory))
         return found
+
+    def _whole(self, before: list[int], after: list[int]) -> _Opinion:
+        """Of a continuation that is read behind the whole context."""
+        (base_KV, memory_KV), _ = self._forward([before + after[:-1]], None, len(after))
+        return base_KV[0], _row(memory_KV, 0)
 
     def _forward(
         self, rows: list[list[int]], cache: Any, keep: int
@@ -176,6 +184,24 @@ class _Reading:
             logs = torch.stack([torch.log_softmax(each.float(), -1).to(base.device) for each in memories])
             memory = torch.logsumexp(logs, dim=0) - math.log(len(memories))
         return (torch.log_softmax(base.float(), -1), memory), output.get("past_key_values")
+
+
+# `DummyLayer`, which came later, holds nothing itself; what a joint model carries is one.
+_KEYS_AND_VALUES = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
+_WITHOUT_KEYS: type = getattr(cache_utils, "DummyLayer", CarriedLayer)
+
+
+def _serves_continuations(cache: Any) -> bool:
+    """Whether several continuations can go on from a cache: it has keys and values, and what a joint model
+    carries with them, alone.
+
+    States of linear attention, convolutions and recurrences are not repeated for several continuations, and
+    some models (Jamba, MiniMax) read them for one new token at a time alone: for more they begin anew,
+    without a word. Others give a cache of another name (Mamba, RWKV), or none (RecurrentGemma).
+    """
+    return type(cache) is cache_utils.DynamicCache and all(
+        type(layer) in _KEYS_AND_VALUES or isinstance(layer, _WITHOUT_KEYS) for layer in cache.layers
+    )
 
 
 def _row(values: torch.Tensor | None, number: int) -> torch.Tensor | None:

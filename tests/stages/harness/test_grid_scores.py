@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.lm_eval import encode_pair
@@ -24,6 +24,18 @@ from .conftest import WORDS
 
 LAMBDAS = (0.0, 0.3, 1.0)
 CONTINUATIONS = [" alpha", " in range gamma", " é é value index", " beta"]
+_MIXER = {"mamba_d_state": 4, "head_dim": 8}
+WITHOUT_SHARED_CACHES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4},  # `cache_params`
+    "rwkv": {"attention_hidden_size": 32},  # `state`
+    "recurrent_gemma": {"lru_width": 32, "head_dim": 8, "num_hidden_layers": 3},  # in its modules
+    # Its states are read for one new token alone.
+    "jamba": {**_MIXER, "attn_layer_period": 2, "attn_layer_offset": 1},
+    # Keys and values alone are repeated.
+    "falcon_h1": {**_MIXER, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
+    # A cache of its own.
+    "minimax": {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+}
 
 
 def answerer_of(export_dir: Path, model: Any) -> Answerer:
@@ -88,6 +100,60 @@ def test_the_likeliest_token_is_found_at_each_weight(export_dir: Path) -> None:
     with torch.no_grad():
         likeliest = int(model(before).logits[0, -1].argmax())
     assert [one.is_greedy[1] for one in scored] == [token == likeliest for token in ids]
+
+
+def plain_model(family: str, **sizes: Any) -> Any:
+    """A tiny model of random weights, with the vocabulary of the export's tokenizer."""
+    common = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**common, **sizes}))
+    with torch.no_grad():
+        for values in model.parameters():
+            if values.dim() > 1:
+                torch.nn.init.normal_(values, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", WITHOUT_SHARED_CACHES)
+@pytest.mark.parametrize("texts", [CONTINUATIONS, CONTINUATIONS[1:2]])
+def test_a_model_whose_cache_is_no_keys_and_values_reads_the_whole_context(
+    export_dir: Path, family: str, texts: list[str]
+) -> None:
+    answerer = answerer_of(export_dir, plain_model(family, **WITHOUT_SHARED_CACHES[family]))
+    found = score_continuations(answerer, "for value in", texts, Weighting(), with_greedy=True)
+    for text, one in zip(texts, found, strict=True):
+        log, is_greedy = expected(answerer, None, "for value in", text)
+        assert one.log_probabilities == (pytest.approx(log, abs=1e-4),)
+        assert one.is_greedy == (is_greedy,)
+
+
+def test_a_context_is_read_once_where_keys_and_values_are_all(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated = []
+    repeat = DynamicCache.batch_repeat_interleave
+    monkeypatch.setattr(
+        DynamicCache,
+        "batch_repeat_interleave",
+        lambda cache, times: repeated.append(times) or repeat(cache, times),
+    )
+    sliding = plain_model("gemma3_text", head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    for model in (MemoryAugmentedLM.from_pretrained(export_dir), plain_model("llama"), sliding):
+        answerer = answerer_of(export_dir, model)
+        found = score_continuations(answerer, "for value in", CONTINUATIONS, Weighting())
+        for text, one in zip(CONTINUATIONS, found, strict=True):
+            gate = Constant(0.0) if isinstance(model, MemoryAugmentedLM) else None
+            log, _ = expected(answerer, gate, "for value in", text)
+            assert one.log_probabilities[0] == pytest.approx(log, abs=1e-4)
+    assert repeated == [len(CONTINUATIONS)] * 3
 
 
 def test_memories_of_a_bank_share_the_weight(export_dir: Path) -> None:
