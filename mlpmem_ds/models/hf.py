@@ -121,6 +121,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         self.base_only = BaseOnly()
         self._taps = self._make_taps()
         self._can_compile_fullgraph = bool(self.base._can_compile_fullgraph)
+        self._is_stateful = bool(self.base._is_stateful)  # then no step can be taken back
         self.mixture: Mixture = log_mixture_of_logits
         self._base_parameters = frozenset(inspect.signature(self.base.forward).parameters)
         self.post_init()
@@ -331,6 +332,19 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         own = inspect.signature(self.forward).parameters
         base: Any = self.base
         base._validate_model_kwargs({name: each for name, each in model_kwargs.items() if name not in own})
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Of transformers' `generate`: a base whose cache is not `past_key_values`, such as Mamba or RWKV,
+        has none here, and reads the whole text at each step. Raises ValueError for `inputs_embeds`, of which
+        the steps after the first know nothing."""
+        if "past_key_values" not in self._base_parameters:
+            if model_kwargs.get("inputs_embeds") is not None:
+                raise ValueError("a base without past_key_values generates from tokens: give input_ids")
+            generation_config.use_cache = False
+        parent: Any = super()
+        return parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Of transformers' assisted generation. Raises ValueError for one that leaves layers out."""

@@ -42,6 +42,11 @@ FAMILIES = {
     "qwen2": SIZES,
     "qwen3": SIZES,
 }
+WITH_STATES = {
+    "mamba": {"state_size": 4},  # its cache is `cache_params`
+    "rwkv": {"attention_hidden_size": WIDTH},  # `state`
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
+}
 WAYS = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
@@ -199,3 +204,32 @@ def test_past_the_context_it_does_what_the_base_does(joint: MemoryAugmentedLM) -
         except IndexError:  # learned positions end, rotary ones do not
             results.append(None)
     assert results == [None if joint.config.base_config.model_type == "gpt2" else (1, 62)] * 3
+
+
+@pytest.mark.parametrize("family", WITH_STATES)
+def test_a_base_of_states_goes_on_from_the_whole_text(family: str) -> None:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(family, **{**SIZES, **WITH_STATES[family]})
+    base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    memory = Memory(
+        MemoryConfig(input_size=WIDTH, hidden_size=16, intermediate_size=24, num_blocks=1, vocab_size=VOCAB)
+    )
+    for values in (*base.parameters(), *memory.parameters()):
+        if values.dim() > 1:
+            torch.nn.init.normal_(values, std=0.3)
+    names = {"mamba": "backbone.layers", "rwkv": "rwkv.blocks", "jamba": "model.layers"}
+    point = CapturePoint(layer=-1, point="layer_output")
+    provenance = {"input_layers_path": names[family]}
+    joint = joined(base, memory, lmbda=0.4, input_point=point, provenance=provenance)
+    prompt = prompts()[0][1:2]
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    found, expected = joint.generate(prompt, **options), prompt
+    for _ in range(NEW):
+        token = joint(expected, use_cache=False).logits[:, -1:].argmax(-1)
+        expected = torch.cat([expected, token], dim=1)
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        joint.generate(prompt, **options, prompt_lookup_num_tokens=3)
+    if family != "jamba":
+        with pytest.raises(ValueError, match="without past_key_values generates from tokens: give input_ids"):
+            joint.generate(inputs_embeds=base.get_input_embeddings()(prompt), **options)
