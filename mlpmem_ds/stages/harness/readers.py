@@ -69,7 +69,8 @@ class Models:
         device: of this rank.
 
     Raises:
-        UserError: --model is neither a model nor a base with memories.
+        UserError: --model is neither a model nor a base with memories; or it has no memory, and a flag is
+            about that.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -78,10 +79,9 @@ class Models:
         if config.memory or is_export(config.model):
             is_weighed = not config.memory or config.gate is not None
             self._source = open_source(config, lmbda=None if is_weighed else 0.5)  # another is set each time
-        elif config.lambdas or config.generation_lambdas:
-            flag = "--lambdas" if config.lambdas else "--generation-lambdas"
+        elif given := config.given("lambdas", "generation_lambdas", "base_only_threshold"):
             raise UserError(
-                f"{flag}: --model {config.model} is not there or has no memory: give the output of"
+                f"{given[0]}: --model {config.model} is not there or has no memory: give the output of"
                 " tools/convert_checkpoint.py, add --memory, or leave the flag out"
             )
         self._load = functools.lru_cache(maxsize=1)(self._load_model)
@@ -139,12 +139,12 @@ class Models:
         return self._gate
 
     def _load_model(self, place: str, flag: str) -> tuple[Any, TextEncoder]:
-        config = self._config
+        config, device_map = self._config, device_map_of(self._config.device_map)
         if flag != "--model" or self._source is None:
-            return load_plain(place, flag, config.dtype, config.special_tokens, self._device)
-        model = self._source.load(
-            device=self._device, dtype=config.dtype, device_map=device_map_of(config.device_map)
-        )
+            return load_plain(
+                place, flag, config.dtype, config.special_tokens, self._device, device_map=device_map
+            )
+        model = self._source.load(device=self._device, dtype=config.dtype, device_map=device_map)
         self._gate = model.gate
         if config.base_only_threshold is not None and isinstance(model.gate, Constant):
             _logger.warning(

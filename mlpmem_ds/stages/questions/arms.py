@@ -178,16 +178,24 @@ class Answerers:
 
 
 def load_plain(
-    place: str, flag: str, dtype: str, special_tokens: SpecialTokens, device: torch.device
+    place: str,
+    flag: str,
+    dtype: str,
+    special_tokens: SpecialTokens,
+    device: torch.device,
+    *,
+    device_map: str | None = None,
 ) -> tuple[Any, TextEncoder]:
-    """A language model without a memory, and its encoder.
+    """A language model without a memory, on the device or spread over several by `device_map`, and its
+    encoder.
 
     Raises:
         UserError: there is none of that name.
     """
     tokenizer = load_tokenizer(place, flag=flag)
     try:
-        model = load_base(place, dtype=DTYPES[resolve_dtype(dtype, device)], device=device)
+        weights_dtype = DTYPES[resolve_dtype(dtype, device)]
+        model = load_base(place, dtype=weights_dtype, device=device, device_map=device_map)
     except ValueError as error:
         raise UserError(f"{flag} {place}: {fault_of(place, error)}") from error
     return model, open_encoder(tokenizer, label=f"the tokenizer of {flag}", special_tokens=special_tokens)

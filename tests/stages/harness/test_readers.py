@@ -1,0 +1,77 @@
+"""Who reads a suite's tasks: each flag holds for every reader that it can hold for, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.stages.generation import exported_model
+from mlpmem_ds.stages.harness.config import Config
+from mlpmem_ds.stages.harness.readers import Models, list_readers
+from mlpmem_ds.stages.questions import arms
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plain_dir(export_dir: Path, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model without a memory."""
+    root = tmp_path_factory.mktemp("readers") / "plain"
+    GPT2LMHeadModel.from_pretrained(base_dir).save_pretrained(root)
+    AutoTokenizer.from_pretrained(export_dir).save_pretrained(root)
+    return root
+
+
+def make_config(model: Path, **changes: Any) -> Config:
+    flags = {"suite": ("nine",), "output": Path("out"), "dtype": "float32"}
+    return Config(model=str(model), **flags | changes)
+
+
+@pytest.mark.parametrize(("device_map", "expected"), [("none", None), ("auto", "auto")])
+def test_the_device_map_holds_for_every_reader(
+    export_dir: Path,
+    plain_dir: Path,
+    device_map: Any,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[tuple[str, str | None]] = []
+
+    def recording(load: Callable[..., Any]) -> Callable[..., Any]:
+        def record(name: str, **settings: Any) -> Any:
+            loaded.append((name, settings["device_map"]))
+            return load(name, **settings)
+
+        return record
+
+    monkeypatch.setattr(arms, "load_base", recording(arms.load_base))
+    monkeypatch.setattr(exported_model, "load_model", recording(exported_model.load_model))
+    for model in (export_dir, plain_dir):
+        config = make_config(model, control=(f"other={plain_dir}",), device_map=device_map)
+        models = Models(config, CPU)
+        for reader in list_readers(config):
+            models.of(reader, begin_tokens=True)
+    names = [str(path) for path in (export_dir, plain_dir, plain_dir, plain_dir)]
+    assert loaded == [(name, expected) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes"),
+    [
+        ("--lambdas", {"lambdas": ("0.5",), "base_only_threshold": 0.1}),
+        ("--generation-lambdas", {"generation_lambdas": ("0.5",)}),
+        ("--base-only-threshold", {"base_only_threshold": 0.1}),
+    ],
+)
+def test_flags_of_a_memory_need_one(
+    export_dir: Path, plain_dir: Path, flag: str, changes: dict[str, Any]
+) -> None:
+    Models(make_config(export_dir, **changes), CPU)
+    with pytest.raises(UserError, match=f"^{flag}: --model .*plain is not there or has no memory: give"):
+        Models(make_config(plain_dir, **changes), CPU)
