@@ -85,14 +85,15 @@ ABOVE_OPEN_QUESTIONS = "Answer these questions:\n\n"
 """stands before open questions, as in NQ-open's task of the lm-evaluation-harness"""
 
 
-def open_prompt(question: str) -> str:
-    """How an open question is asked, as NQ-open's task of the lm-evaluation-harness asks it."""
-    return f"Q: {question.rstrip('?')}?\nA:"
+def open_prompt(record: Mapping[str, Any]) -> str:
+    """How an open question is asked, as NQ-open's task of the lm-evaluation-harness asks it: that puts a mark
+    behind its questions, which have none; so one that has its own is asked with one too."""
+    return f"Q: {record['question'].rstrip('?')}?\nA:"
 
 
 def _of_answers(record: dict[str, Any]) -> Question:
     answers = tuple(as_list(record["answer"]))
-    return Question(kind="open", prompt=open_prompt(record["question"]), answers=answers)
+    return Question(kind="open", prompt=open_prompt(record), answers=answers)
 
 
 def yes_no_prompt(record: Mapping[str, Any]) -> str:
@@ -119,7 +120,7 @@ def _of_targets(record: dict[str, Any]) -> Question:
     targets = record["mc1_targets"]
     return Question(
         kind="choice",
-        prompt=open_prompt(record["question"]),
+        prompt=open_prompt(record),
         answers=tuple(targets),
         gold=list(targets.values()).index(1),
     )

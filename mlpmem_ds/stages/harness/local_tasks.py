@@ -17,6 +17,7 @@ from mlpmem_ds.formats.question_files import (
     as_list,
     fault_of_question,
     fault_of_ranking,
+    open_prompt,
     read_records,
 )
 from mlpmem_ds.stages.harness.config import Config
@@ -84,13 +85,14 @@ def _check_choices(record: Mapping[str, Any], name: str, encoder: TextEncoder, c
 
 
 def _questions_task(path: Path) -> dict[str, Any]:
-    """NQ-open's prompt, stops and exact match (as the harness's own task), on local questions."""
+    """NQ-open's prompt, stops and exact match (as the harness's own task), on local questions; the prompt is
+    that of `answer_questions`."""
     return {
         "task": _QUESTIONS,
         **_local_data(path, "question"),
         "output_type": "generate_until",
         "description": ABOVE_OPEN_QUESTIONS,
-        "doc_to_text": "Q: {{question}}?\nA:",
+        "doc_to_text": open_prompt,
         "doc_to_target": "answer",
         "fewshot_delimiter": "\n",
         "target_delimiter": _DELIMITER,

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.lm_eval import load_tasks
 from mlpmem_ds.engines.tokenizer import open_encoder
+from mlpmem_ds.formats.question_files import read_questions
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.local_tasks import build_tasks, check_lengths
+from mlpmem_ds.stages.questions.answer_questions import prompt_with_examples
 
+from ...lm_harness import needs_harness
 from ...toy_tokenizers import KINDS
 
 QUESTION = {
@@ -96,6 +100,22 @@ def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
     twice = '{"question": "q", "answer": "a", "answer": "b"}'
     with pytest.raises(UserError, match="line 1 has `answer` twice, with different values"):
         build(tmp_path, "questions", twice)
+
+
+@needs_harness
+@pytest.mark.parametrize("num_fewshot", [0, 1])
+def test_questions_are_asked_as_answer_questions_asks_them(num_fewshot: int, tmp_path: Path) -> None:
+    texts = ["Who wrote Faust?", "who wrote faust"]
+    path = written(tmp_path, "\n".join(line({"question": text, "answer": ["G", "Goethe"]}) for text in texts))
+    config = Config(model="m", questions=path, num_fewshot=num_fewshot)
+    [task] = load_tasks(build_tasks(config, tmp_path), num_fewshot=num_fewshot).loaded
+    task.set_config("num_fewshot", num_fewshot)  # as the harness does with it
+    task.set_fewshot_seed(0)
+    task.build_all_requests(rank=0, world_size=1)
+    asked = [instance.args[0] for instance in task.instances]
+    questions = read_questions(path)
+    assert asked == [prompt_with_examples(question, questions, num_fewshot) for question in questions]
+    assert asked[0].endswith("Q: Who wrote Faust?\nA:") and asked[1].endswith("Q: who wrote faust?\nA:")
 
 
 def test_what_is_asked_more_than_once_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
