@@ -63,15 +63,20 @@ def open_splits(
         min_positions: fewer are refused.
 
     Raises:
-        UserError: a split is missing or too short.
+        UserError: a split is missing or too short, or the training split that is dealt is reported as well.
     """
     present = {name for name, tokens in num_tokens_of_splits(root).items() if tokens >= 2}
+    for name in extra:
+        if name not in present and is_extra_requested:
+            _logger.info("the corpus has no split %s: the report goes without it", name)
     if present == {"train"} and "train" not in (tuning, test):
+        if "train" in extra:
+            raise UserError(
+                "--extra-splits train: the corpus has no other split, and its documents are dealt to"
+                f" {tuning} and {test}: leave train out"
+            )
         splits = _deal_halves(open_corpus(root, "train"), tuning, test)
     else:
-        for name in extra:
-            if name not in present and is_extra_requested:
-                _logger.info("the corpus has no split %s: the report goes without it", name)
         names = [tuning, test, *(name for name in extra if name in present)]
         splits = {name: _whole_split(open_corpus(root, name)) for name in names}
     for split in splits.values():

@@ -1,12 +1,15 @@
-"""What is scored: all positions, but those whose value is a begin token, which no model predicts."""
+"""What is scored: all positions, but those whose value is a begin token, which no model predicts; and which
+splits."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json, read_sealed_json, record_file
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.stages.evaluation.splits import open_splits
@@ -63,3 +66,31 @@ def test_begin_tokens_are_given_and_not_scored(
         assert sorted(values) == sorted(expected)
     if num_begin == 0 and present != ("train",):
         assert all(split.positions is None for split in splits.values())
+
+
+@pytest.mark.parametrize("is_requested", [False, True])
+@pytest.mark.parametrize("present", [("tuning", "test"), ("train",)])
+def test_a_further_split_that_is_missing_is_said(
+    corpus_dir: Path,
+    tmp_path: Path,
+    present: tuple[str, ...],
+    is_requested: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _save_corpus(tmp_path, corpus_dir, present, 0)
+    names = {"tuning": "tuning", "test": "test"}
+    with caplog.at_level(logging.INFO):
+        splits = open_splits(
+            tmp_path, **names, extra=("wiki",), is_extra_requested=is_requested, min_positions=1
+        )
+    assert list(splits) == ["tuning", "test"]
+    assert caplog.text.count("the corpus has no split wiki: the report goes without it") == is_requested
+
+
+def test_a_split_that_is_dealt_is_not_reported_as_well(corpus_dir: Path, tmp_path: Path) -> None:
+    _save_corpus(tmp_path, corpus_dir, ("train",), 0)
+    names = {"tuning": "tuning", "test": "test"}
+    with pytest.raises(
+        UserError, match="--extra-splits train: the corpus has no other split.*leave train out"
+    ):
+        open_splits(tmp_path, **names, extra=("train",), is_extra_requested=True, min_positions=1)
