@@ -144,13 +144,13 @@ def settle(config: Config, inputs: TrainingInputs, world: World) -> tuple[Config
         )
     )
     ce_through = config.ce_through or choice.ce_through
-    unused = default_of(Config, "mixture_lambda")
+    unused = config.given("mixture_lambda") if ce_through == "plain" else []
     config = replace(
         config,
         objective=choice.objective,
         alpha=choice.alpha if config.alpha is None else config.alpha,
         ce_through=ce_through,
-        mixture_lambda=config.mixture_lambda if ce_through == "mixture" else unused,
+        mixture_lambda=default_of(Config, "mixture_lambda") if unused else config.mixture_lambda,
     )
     if world.is_first:
         _logger.info(
@@ -160,6 +160,11 @@ def settle(config: Config, inputs: TrainingInputs, world: World) -> tuple[Config
             config.ce_through,
             choice.reason,
         )
+        if unused:
+            _logger.warning(
+                "%s is not used: it is of --ce-through mixture, which can be given next to --objective auto",
+                unused[0],
+            )
         if config.epochs < choice.min_epochs:
             _logger.warning(
                 "--epochs %g: with fewer than %g passes the objectives rank otherwise, and all gain less",

@@ -231,7 +231,7 @@ class Config(TrainingOptions):
             )
         if self.objective != "joined":
             self.refuse_unused("joined_lambda", of="--objective joined")
-        if self.ce_through == "plain" and self.objective != "auto":
+        if self.ce_through == "plain":
             self.refuse_unused("mixture_lambda", of="--ce-through mixture")
         if self.objective == "joined" and self.model is None:
             raise UserError(

@@ -90,11 +90,20 @@ def test_without_targets_it_is_cross_entropy():
     assert settle(config, make_inputs(targets=False), World())[0].alpha == 0
 
 
-def test_the_weight_of_a_mixture_that_is_not_chosen_is_of_no_use():
+def test_the_weight_of_a_mixture_that_is_not_chosen_is_left_out_with_a_warning(caplog):
     words = ("--objective", "auto", "--mixture-lambda", "0.5")
     assert settle(parse(*words), make_inputs(), World())[0].mixture_lambda == 0.5
-    plain = settle(parse(*words, "--ce-through", "plain"), make_inputs(), World())[0]
-    assert plain == settle(parse("--objective", "auto", "--ce-through", "plain"), make_inputs(), World())[0]
+    assert not caplog.records
+    many = make_inputs(num_positions=10**7)
+    plain = settle(parse(*words), many, World())[0]
+    assert plain == settle(parse("--objective", "auto"), many, World())[0]
+    (warning,) = caplog.messages
+    assert warning.startswith("--mixture-lambda is not used: it is of --ce-through mixture")
+
+
+def test_the_weight_of_a_mixture_is_refused_next_to_plain_cross_entropy():
+    with pytest.raises(UserError, match="--mixture-lambda is of --ce-through mixture"):
+        parse("--objective", "auto", "--mixture-lambda", "0.5", "--ce-through", "plain")
 
 
 def test_no_alpha_is_of_auto_alone():
