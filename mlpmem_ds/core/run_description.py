@@ -25,7 +25,8 @@ from mlpmem_ds.core.files import (
 from mlpmem_ds.core.world import World
 
 IDENTITY_FIELD = "identity"
-"""the field of a unit's record that holds the content hash of the identity that the unit was made for"""
+"""the field of a unit's record, and of a checkpoint's subject, that holds the content hash of the identity
+that it was made for"""
 _WRITTEN_FIRST = {"identity.json", "run.json", "log.jsonl", "done"}
 _MAX_SHOWN = 6  # differences between two runs
 _logger = logging.getLogger(__name__)

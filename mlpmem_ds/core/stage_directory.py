@@ -74,9 +74,9 @@ class StageDirectory:
         self._dealt: DealtUnits | None = None  # of the latest list that a counter deals
         self.identity = dict(identity)
         self.world = world
-        identity_sha256 = content_hash(self.identity)
-        self.records = UnitRecords(root, identity_sha256)
-        self._counter = f"{root.name}-{identity_sha256[:8]}"  # of this directory among those of a command
+        self.identity_sha256 = sha256 = content_hash(self.identity)
+        self.records = UnitRecords(root, sha256)
+        self._counter = f"{root.name}-{sha256[:8]}"  # of this directory among those of a command
         self.log = EventLog(root / "log.jsonl", world)
         self._maker = UnitMaker(root, self.records, self.log)
         self._start = time.monotonic()

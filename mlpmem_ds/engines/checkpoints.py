@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
 from mlpmem_ds.core.files import FileRecord, require_free_bytes, size_in_words
+from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.processes import gather_values, wait_for_all
 from mlpmem_ds.formats.checkpoint import (
@@ -142,15 +143,15 @@ def find_checkpoint(
     Args:
         root: OUTPUT/checkpoints.
         copies: a second place of the same checkpoints, or None.
-        subject: what is trained; a checkpoint of another is refused.
+        subject: what is trained, and in `IDENTITY_FIELD` by which run; a checkpoint of another is refused.
+            One that an earlier program saved may lack that field.
         world: this rank.
 
     Raises:
-        UserError: there are checkpoints and none of them is whole, or it is of another training.
+        UserError: there are checkpoints and none of them is whole, or it, or any of the copies, is of another
+            training.
     """
-    if world.is_first:
-        remove_unfinished(root)
-    places = [root] if copies is None else [root, copies]
+    places = _open_places(root, copies, subject, world)
     candidates = sorted(
         (path for place in places for path in list_checkpoints(place)),
         key=lambda path: path.name,
@@ -163,7 +164,10 @@ def find_checkpoint(
         fault = next(filter(None, faults), None)
         if fault is None:
             checkpoint = read_checkpoint(path)
-            _refuse_other_training(checkpoint, subject)
+            if fault := _fault_of_training(checkpoint, subject):
+                raise UserError(fault)
+            if path.parent == copies and world.is_first:
+                _warn_of_unnamed_run(checkpoint, subject)
             return checkpoint
         if world.is_first:
             _logger.warning("%s: not resuming from %s, it is set aside as *.damaged", fault, path)
@@ -178,10 +182,50 @@ def find_checkpoint(
     return None
 
 
-def _refuse_other_training(checkpoint: Checkpoint, subject: Mapping[str, Any]) -> None:
+def _open_places(root: Path, copies: Path | None, subject: Mapping[str, Any], world: World) -> list[Path]:
+    """Where this training's checkpoints are; what killed runs left half written there is removed.
+
+    Raises:
+        UserError: a copy is of another training, and its place would be cleared for this one's.
+    """
+    fault = None
+    if copies is not None and world.is_first:
+        faults = (_fault_of_copy(path, subject) for path in list_checkpoints(copies))
+        fault = next(filter(None, faults), None)
+    if fault := gather_values(fault, world)[0]:
+        raise UserError(fault)
+    places = [root] if copies is None else [root, copies]
+    if world.is_first:
+        for place in places:
+            remove_unfinished(place)
+    return places
+
+
+def _fault_of_copy(path: Path, subject: Mapping[str, Any]) -> str | None:
+    try:
+        return _fault_of_training(read_checkpoint(path), subject)
+    except DamagedDataError:
+        return None  # it says nothing of its training, and is set aside when its turn comes
+
+
+def _fault_of_training(checkpoint: Checkpoint, subject: Mapping[str, Any]) -> str | None:
+    """That a checkpoint is of another training, or None."""
+    saved = checkpoint.manifest.subject
     for name, value in subject.items():
-        if checkpoint.manifest.subject.get(name) != value:
-            raise UserError(
-                f"{checkpoint.path} is of another training (its {name} differs): give each training its own"
-                " --output and --copy-to"
+        is_unnamed = name == IDENTITY_FIELD and name not in saved  # an earlier program did not write it
+        if not is_unnamed and saved.get(name) != value:
+            differs = "it has other flags or inputs" if name == IDENTITY_FIELD else f"its {name} differs"
+            return (
+                f"{checkpoint.path} is of another training ({differs}): give each training its own --output"
+                " and --copy-to"
             )
+    return None
+
+
+def _warn_of_unnamed_run(checkpoint: Checkpoint, subject: Mapping[str, Any]) -> None:
+    if IDENTITY_FIELD in subject and IDENTITY_FIELD not in checkpoint.manifest.subject:
+        _logger.warning(
+            "%s was saved by an earlier version and does not name its flags: if another training was copied"
+            " there too, stop this one and give it its own --copy-to",
+            checkpoint.path,
+        )

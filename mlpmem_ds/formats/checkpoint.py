@@ -39,8 +39,8 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest(Manifest):
-    """A checkpoint of `world` ranks: `subject` what is trained (a checkpoint of another subject is refused),
-    `values` the trainer's own state. Both are plain values."""
+    """A checkpoint of `world` ranks: `subject` what is trained, and by which run (a checkpoint of another
+    subject is refused), `values` the trainer's own state. Both are plain values."""
 
     FORMAT: ClassVar[str] = "checkpoint"
     VERSION: ClassVar[int] = 1

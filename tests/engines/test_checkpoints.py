@@ -17,15 +17,14 @@ from mlpmem_ds.formats.checkpoint import list_checkpoints
 from ..manifests import checkpoint_manifest
 
 
-def save(root, step, *, content=b"weights", keep=9, num_parameters=10):
+def save(root, step, *, content=b"weights", keep=9, num_parameters=10, **subject):
     def write(name):
         (root / name / "inside").mkdir(parents=True)
         (root / name / "inside" / "rank0.pt").write_bytes(content)
 
     def describe(files):
-        return checkpoint_manifest(
-            step=step, values={"batches": step}, subject={"memory": "small"}, files=files
-        )
+        subject_of_all = {"memory": "small", **subject}
+        return checkpoint_manifest(step=step, values={"batches": step}, subject=subject_of_all, files=files)
 
     return save_checkpoint(
         root, step, write=write, describe=describe, num_parameters=num_parameters, keep=keep, world=World()
@@ -70,6 +69,35 @@ def test_another_training_is_refused(tmp_path):
     save(tmp_path / "checkpoints", 3)
     with pytest.raises(UserError, match="its memory differs"):
         find(tmp_path / "checkpoints", memory="large")
+
+
+def test_copies_of_another_run_are_refused_wherever_they_stand(tmp_path):
+    """Older than the own newest one, or damaged: the copies of this run would take their place."""
+    root, copies = tmp_path / "checkpoints", tmp_path / "copies"
+    save(copies, 3, identity="a")
+    save(root, 5, identity="b")
+    (copies / "step-00000003" / "inside" / "rank0.pt").write_bytes(b"weighty")
+    with pytest.raises(UserError, match="step-00000003 is of another.*other flags or inputs.*--copy-to"):
+        find(root, copies, memory="small", identity="b")
+    assert [path.name for place in (root, copies) for path in place.iterdir()] == [
+        "step-00000005",
+        "step-00000003",
+    ]
+    with pytest.raises(UserError, match="step-00000005 is of another training"):
+        find(root, memory="small", identity="a")
+
+
+def test_copies_that_name_no_run_are_taken_with_a_warning(tmp_path, caplog):
+    """Of an earlier program; the own ones without it."""
+    root, copies = tmp_path / "checkpoints", tmp_path / "copies"
+    for place in (root, copies):
+        save(place, 3)
+    assert find(root, copies, memory="small", identity="a").path.parent == root and not caplog.records
+    shutil.rmtree(root)
+    assert find(root, copies, memory="small", identity="a").path.parent == copies
+    assert "does not name its flags" in caplog.text
+    with pytest.raises(UserError, match="its memory differs"):
+        find(root, copies, memory="large", identity="a")
 
 
 def test_a_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):

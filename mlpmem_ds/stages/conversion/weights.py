@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import require_free_bytes, sha256_of_file
 from mlpmem_ds.core.manifest import format_of
+from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.temporaries import remove_stale_temporaries, temporary_path
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
@@ -75,10 +76,11 @@ def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
     Raises:
         DamagedDataError: the manifest does not describe a memory.
     """
-    path = checkpoint.path / "manifest.json"
+    path, values = checkpoint.path / "manifest.json", dict(checkpoint.manifest.subject)
+    values.pop(IDENTITY_FIELD, None)  # of the run; an earlier program did not write it
     subject = from_json(
         MemorySubject,
-        checkpoint.manifest.subject,
+        values,
         where=f"{path}, which is not of a memory,",
         version=CheckpointManifest.VERSION,
     )

@@ -80,7 +80,8 @@ class TrainingOptions(Flags):
     save_every_steps: int = option("steps between checkpoints", 500, at_least=1, identity="none")
     keep_checkpoints: int = option("newest checkpoints kept", 2, at_least=1, identity="none")
     copy_to: Path | None = option(
-        "second place for checkpoints, copied in the background and resumed from if OUTPUT's are gone",
+        "second place for checkpoints, of this training alone: copied in the background, and resumed from if"
+        " OUTPUT's are gone",
         None,
         identity="none",
     )

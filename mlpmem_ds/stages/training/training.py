@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 from mlpmem_ds.core.config import plain_values
-from mlpmem_ds.core.files import content_hash, publish_json
+from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.manifest import Manifest
+from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.engines.deepspeed.config import zero_stage
@@ -105,7 +106,8 @@ class Training:
         options: the flags; the learning rate is a number by now.
         steps: how many, of how many rows, and how often they are validated.
         directory: the stage's.
-        subject: what is trained, as plain values: part of every checkpoint; one of another is refused.
+        subject: what is trained, as plain values: part of every checkpoint, with the run's identity; one of
+            another is refused.
         describe: the manifest of the result.
         write: given the files of the float32 weights, which go afterwards, writes the result; returns its
             summary. Called on rank 0.
@@ -127,7 +129,7 @@ class Training:
     ) -> None:
         self._engine, self._objective, self._batches = engine, objective, batches
         self._validator, self._options, self._steps = validator, options, steps
-        self._directory, self._subject = directory, subject
+        self._directory, self._subject = directory, {**subject, IDENTITY_FIELD: directory.identity_sha256}
         self._describe, self._write = describe, write
         self._world, self._checkpoints = directory.world, options.output / "checkpoints"
         self._first = 0
@@ -156,7 +158,7 @@ class Training:
             self._world,
             first,
             wandb_project=self._options.wandb_project,
-            run_id=content_hash(self._directory.identity)[:16],
+            run_id=self._directory.identity_sha256[:16],
             description=plain_values(self._options),
         )
         outcome = self._run_steps(first)
