@@ -27,6 +27,7 @@ from mlpmem_ds.formats.checkpoint import (
     publish_checkpoint,
     read_checkpoint,
     record_and_flush,
+    remove_checkpoint,
     remove_old_checkpoints,
     remove_unfinished,
     set_aside,
@@ -180,6 +181,23 @@ def find_checkpoint(
             f"a copy, or remove {root} to start anew"
         )
     return None
+
+
+def discard_checkpoints(root: Path, *, copies: Path | None, subject: Mapping[str, Any], world: World) -> None:
+    """Remove all checkpoints of a training at both places, damaged ones too: for --resume never.
+
+    The arguments are those of `find_checkpoint`.
+
+    Raises:
+        UserError: a copy is of another training; all are still there.
+    """
+    places = _open_places(root, copies, subject, world)
+    if world.is_first:
+        for place in places:
+            for path in (*list_checkpoints(place), *place.glob("step-*.damaged")):
+                _logger.warning("--resume never: discarding %s", path)
+                remove_checkpoint(path)
+    wait_for_all(world)
 
 
 def _open_places(root: Path, copies: Path | None, subject: Mapping[str, Any], world: World) -> list[Path]:

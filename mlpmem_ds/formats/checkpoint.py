@@ -143,8 +143,13 @@ def remove_old_checkpoints(root: Path, keep: int, *, needed: Collection[Path] = 
     """Remove all but the newest `keep` and those that are `needed`."""
     for path in list_checkpoints(root)[keep:]:
         if path not in needed:
-            remove_former(path)
-            shutil.rmtree(path)
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, and what a replacement of it that was cut off has left."""
+    remove_former(path)
+    shutil.rmtree(path)
 
 
 def remove_unfinished(root: Path) -> None:

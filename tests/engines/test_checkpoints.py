@@ -11,7 +11,7 @@ import pytest
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import checkpoints
-from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
+from mlpmem_ds.engines.checkpoints import discard_checkpoints, find_checkpoint, save_checkpoint
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 
 from ..manifests import checkpoint_manifest
@@ -33,6 +33,10 @@ def save(root, step, *, content=b"weights", keep=9, num_parameters=10, **subject
 
 def find(root, copies=None, **subject):
     return find_checkpoint(root, copies=copies, subject=subject, world=World())
+
+
+def discard(root, copies=None, **subject):
+    discard_checkpoints(root, copies=copies, subject=subject, world=World())
 
 
 def test_the_newest_is_found_and_only_so_many_are_kept(tmp_path):
@@ -77,8 +81,9 @@ def test_copies_of_another_run_are_refused_wherever_they_stand(tmp_path):
     save(copies, 3, identity="a")
     save(root, 5, identity="b")
     (copies / "step-00000003" / "inside" / "rank0.pt").write_bytes(b"weighty")
-    with pytest.raises(UserError, match="step-00000003 is of another.*other flags or inputs.*--copy-to"):
-        find(root, copies, memory="small", identity="b")
+    for look in (find, discard):
+        with pytest.raises(UserError, match="step-00000003 is of another.*other flags or inputs.*--copy-to"):
+            look(root, copies, memory="small", identity="b")
     assert [path.name for place in (root, copies) for path in place.iterdir()] == [
         "step-00000005",
         "step-00000003",
@@ -98,6 +103,20 @@ def test_copies_that_name_no_run_are_taken_with_a_warning(tmp_path, caplog):
     assert "does not name its flags" in caplog.text
     with pytest.raises(UserError, match="its memory differs"):
         find(root, copies, memory="large", identity="a")
+
+
+def test_all_is_discarded_at_both_places(tmp_path):
+    """Also what was set aside, and what a replacement that was cut off would put back."""
+    root, copies = tmp_path / "checkpoints", tmp_path / "copies"
+    for place in (root, copies):
+        for step in (3, 5, 7):
+            save(place, step, identity="a")
+        (place / "step-00000005").rename(place / "step-00000005.damaged")
+        (place / "step-00000007").rename(place / ".step-00000007.former")
+    discard(root, copies, memory="small", identity="a")
+    assert not [*root.iterdir(), *copies.iterdir()]
+    assert find(root, copies, memory="small", identity="a") is None
+    discard(tmp_path / "none", tmp_path / "neither")
 
 
 def test_a_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ class TrainingOptions(Flags):
         identity="none",
     )
     resume: Literal["auto", "never"] = option(
-        "continue from the newest whole checkpoint, or discard the checkpoints and start anew",
+        "continue from the newest whole checkpoint, or discard the checkpoints and their copies and start"
+        " anew",
         "auto",
         identity="none",
     )

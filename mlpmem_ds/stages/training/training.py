@@ -21,13 +21,13 @@ from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.unit_writer import UnitWriter
+from mlpmem_ds.engines.checkpoints import discard_checkpoints
 from mlpmem_ds.engines.deepspeed.config import zero_stage
 from mlpmem_ds.engines.deepspeed.engine import Engine, SavedState
 from mlpmem_ds.engines.deepspeed.process_group import watched_ranks
 from mlpmem_ds.engines.device_feed import DeviceFeed, streams_for
 from mlpmem_ds.engines.device_peak import peak_of
 from mlpmem_ds.engines.processes import StopRequest, gather_values
-from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.checkpoint_copy import CheckpointCopier
 from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.formats.weight_shards import WeightFiles
@@ -174,14 +174,11 @@ class Training:
     # -- the start
 
     def _resume(self) -> SavedState | None:
-        """Load the newest checkpoint; with --resume never, discard all of them."""
+        """Load the newest checkpoint; with --resume never, discard all of them, and their copies."""
+        copies, subject = self._options.copy_to, self._subject
         if self._options.resume == "auto":
-            return self._engine.resume(self._checkpoints, copies=self._options.copy_to, subject=self._subject)
-        if self._world.is_first:
-            for path in (*list_checkpoints(self._checkpoints), *self._checkpoints.glob("step-*.damaged")):
-                _logger.warning("--resume never: discarding %s", path)
-                shutil.rmtree(path)
-        self._engine.wait()
+            return self._engine.resume(self._checkpoints, copies=copies, subject=subject)
+        discard_checkpoints(self._checkpoints, copies=copies, subject=subject, world=self._world)
         return None
 
     def _settings(self) -> LoopSettings:

@@ -1,4 +1,4 @@
-"""A training and the copies of its checkpoints: OUTPUT is lost, or they are of another training.
+"""A training and the copies of its checkpoints: OUTPUT is lost, they are of another training, or discarded.
 
 The ranks of every start are forked from one process that has imported DeepSpeed
 (tests/stages/forked_training.py).
@@ -64,7 +64,7 @@ def test_copies_of_a_training_with_other_flags_are_refused_and_stay(straight):
         {"learning_rate": 0.02},
         {"schedule": "constant"},
         {"weight_decay": 0.0},
-        {"seed": 1},
+        {"resume": "never", "seed": 1},
     )
     steps = [runs.start(f"other-{n}", 2, copy_to=copies, **changes) for n, changes in enumerate(flags)]
     results, said = runs.run(*steps)
@@ -128,3 +128,26 @@ def test_a_base_does_not_continue_the_copies_of_another_seed(make_runs, corpus_d
     )
     assert results == [[0] * size, [2] * size], "".join(said)
     assert "is of another training (it has other flags or inputs)" in said[1]
+
+
+def test_resume_never_discards_the_copies_too(straight):
+    """Then the new training's are kept, and it is they that are resumed."""
+    runs = straight
+    for name in ("anew", "anew-copies"):
+        shutil.copytree(runs / name.replace("anew", "plain"), runs / name)
+    runs.unfinish("anew")
+    copies = runs / "anew-copies"
+    (copies / "step-00000005").rename(copies / "step-00000005.damaged")
+    (copies / "step-00000010").rename(copies / ".step-00000010.former")
+    flags = {"copy_to": copies, "keep_checkpoints": 1}
+    said = runs.succeed(
+        runs.start("anew", 2, **flags, resume="never", stop_after_seconds=1e-3),
+        runs.start("anew", 2, **flags, stop_after_seconds=1e-3),
+        runs.start("anew", 2, **flags),
+    )
+    assert f"--resume never: discarding {copies}" in said[0] and "saved at step 3 of" in said[0]
+    assert "(step 3)" in said[1] and "(step 6)" in said[2]
+    runs.assert_same_weights("anew", "plain")
+    (newest,) = list_checkpoints(copies)
+    assert newest.name == list_checkpoints(runs / "anew" / "checkpoints")[0].name
+    assert [path.name for path in copies.iterdir()] == [newest.name]
