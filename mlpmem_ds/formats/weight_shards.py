@@ -22,6 +22,7 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import (
     FileRecord,
     fault_of_file,
+    link_or_copy,
     publish,
     publish_json,
     read_json,
@@ -146,6 +147,28 @@ class WeightFiles:
             return [single]
         files = sorted(set(read_json_object(index).get("weight_map", {}).values()))
         return [*(self.root / file for file in files), index]
+
+    def missing(self) -> Path | None:
+        """A file of them that is not there; None where all are.
+
+        Raises:
+            DamagedDataError: the index cannot be read.
+        """
+        try:
+            return next((path for path in self.paths() if not path.is_file()), None)
+        except FileNotFoundError:
+            return self.root / f"{self.stem}.safetensors"
+
+    def link_to(self, folder: Path) -> None:
+        """Give the files second names in a folder, the index last; copies where the file system has no links.
+
+        Raises:
+            OSError: a file is missing, or cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.paths():
+            with publish(folder / path.name) as temporary:
+                link_or_copy(path, temporary)
 
     def read(self) -> dict[str, torch.Tensor]:
         """By name; mapped from the files, so that what is not used is not read.

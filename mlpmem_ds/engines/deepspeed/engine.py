@@ -33,7 +33,7 @@ from mlpmem_ds.engines.deepspeed.zero_state import (
 )
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.processes import gather_values, sum_over_ranks, wait_for_all
-from mlpmem_ds.formats.checkpoint import Checkpoint, CheckpointManifest
+from mlpmem_ds.formats.checkpoint import BEST_WEIGHTS, Checkpoint, CheckpointManifest
 from mlpmem_ds.formats.weight_shards import WeightFiles
 
 _logger = logging.getLogger(__name__)
@@ -52,8 +52,9 @@ class AdamWSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState:
-    """What a resumed run starts from: steps done, and the plain values given at the save."""
+    """What a resumed run starts from: the checkpoint, steps done, and the plain values given at the save."""
 
+    path: Path
     step: int
     values: dict[str, Any]
 
@@ -161,6 +162,7 @@ class Engine:
         subject: Mapping[str, Any],
         values: Mapping[str, Any],
         keep: int,
+        best: WeightFiles | None = None,
         begin_copy: Callable[[Path], Collection[Path]] | None = None,
     ) -> Path:
         """Publish the checkpoint of `step` below `root` and remove all but the newest `keep`; where it is.
@@ -171,6 +173,7 @@ class Engine:
             subject: what is trained, as plain values.
             values: plain values that `resume` gives back, the same on every rank.
             keep: checkpoints kept.
+            best: weights that the checkpoint is to hold too, in its folder `BEST_WEIGHTS`.
             begin_copy: see `save_checkpoint`.
 
         Raises:
@@ -188,10 +191,15 @@ class Engine:
                 files=files,
             )
 
+        def write(tag: str) -> None:
+            self._write_checkpoint(root, tag, step)
+            if best is not None and self._world.is_first:
+                best.link_to(root / tag / BEST_WEIGHTS)
+
         return save_checkpoint(
             root,
             step,
-            write=lambda tag: self._write_checkpoint(root, tag, step),
+            write=write,
             describe=describe,
             num_parameters=sum(
                 whole_size(parameter)
@@ -248,7 +256,7 @@ class Engine:
             return None
         self._load(checkpoint)
         _logger.info("resuming from %s (step %d)", checkpoint.path, checkpoint.step)
-        return SavedState(step=checkpoint.step, values=dict(checkpoint.manifest.values))
+        return SavedState(path=checkpoint.path, step=checkpoint.step, values=dict(checkpoint.manifest.values))
 
     def _load(self, checkpoint: Checkpoint) -> None:
         # Not as this rank's listing has them, which may lack what other hosts wrote a minute ago.

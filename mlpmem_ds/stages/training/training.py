@@ -152,6 +152,8 @@ class Training:
         first, values = (0, {}) if saved is None else (saved.step, saved.values)
         self._batches.continue_from(values.get("reader"))
         self._best = BestWeights(self._options.output, values.get("validations", ()))
+        if saved is not None and self._options.selects_best:
+            self._restore_best(saved)
         self._began = time.monotonic() - values.get("seconds", 0.0)
         self._metrics = Metrics(
             self._options.output,
@@ -180,6 +182,21 @@ class Training:
             return self._engine.resume(self._checkpoints, copies=copies, subject=subject)
         discard_checkpoints(self._checkpoints, copies=copies, subject=subject, world=self._world)
         return None
+
+    def _restore_best(self, saved: SavedState) -> None:
+        """Of what the checkpoint names as the best, have the weights, or forget it."""
+        is_there = self._world.is_first and self._best.restore(saved.path)
+        if gather_values(is_there, self._world)[0]:
+            return
+        if self._world.is_first:
+            _logger.warning(
+                "the weights of the best validation until step %d are neither in %s nor in %s: the"
+                " validations until then are forgotten, and the best of those to come is written",
+                saved.step,
+                self._options.output / "best",
+                saved.path,
+            )
+        self._best.forget()
 
     def _settings(self) -> LoopSettings:
         options, engine, steps = self._options, self._engine, self._steps
@@ -260,6 +277,7 @@ class Training:
                 "seconds": time.monotonic() - self._began,
             },
             keep=self._options.keep_checkpoints,
+            best=self._best.held() if self._options.selects_best else None,
             begin_copy=None if self._copier is None else self._copier.start,
         )
         seconds = time.monotonic() - start

@@ -11,7 +11,7 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.engines.deepspeed.engine import Engine
-from mlpmem_ds.formats.checkpoint import checkpoint_name
+from mlpmem_ds.formats.checkpoint import BEST_WEIGHTS, checkpoint_name
 from mlpmem_ds.formats.weight_shards import WeightFiles
 
 
@@ -52,8 +52,9 @@ class Validation:
 class BestWeights:
     """The validations of a training, and the weights of the best one: OUTPUT/best.json and OUTPUT/best/.
 
-    The files of earlier bests go when a checkpoint holds the later one: a run that falls back to an older
-    checkpoint finds the weights that its history names.
+    A checkpoint holds the weights of the best validation until then, so the files of earlier bests go when it
+    is saved, and a run that resumes from an older checkpoint, or from a copy, gets back the weights that its
+    history names.
 
     Args:
         output: OUTPUT.
@@ -82,10 +83,13 @@ class BestWeights:
         self.history.append(validation)
         if self.best is not validation or not keep:
             return
-        files = engine.write_weights(self._output / "best", checkpoint_name(validation.step))
+        engine.write_weights(self._output / "best", checkpoint_name(validation.step))
         if engine.is_first:
-            name = f"best/{files.stem}.safetensors"
-            publish_json(self._output / "best.json", {**validation.to_json(), "weights": name})
+            self._name_best(validation)
+
+    def _name_best(self, validation: Validation) -> None:
+        name = f"best/{checkpoint_name(validation.step)}.safetensors"
+        publish_json(self._output / "best.json", {**validation.to_json(), "weights": name})
 
     def to_json(self) -> list[dict[str, Any]]:
         return [validation.to_json() for validation in self.history]
@@ -97,6 +101,37 @@ class BestWeights:
             if best is not None and not path.name.startswith(checkpoint_name(best.step)):
                 path.unlink()
 
+    def restore(self, checkpoint: Path) -> bool:
+        """Where OUTPUT lacks the best weights, take them from the checkpoint that was loaded; whether they
+        are there now. Rank 0.
+
+        Raises:
+            DamagedDataError: the index of their files cannot be read.
+            OSError: they cannot be written.
+        """
+        best = self.best
+        if best is None:
+            return True
+        files = self._files_of(best)
+        if files.missing():
+            saved = WeightFiles(root=checkpoint / BEST_WEIGHTS, stem=files.stem)
+            if saved.missing():
+                return False
+            saved.link_to(files.root)
+        self._name_best(best)
+        return True
+
+    def forget(self) -> None:
+        """Begin anew, where the best weights are lost: what was no better was not written."""
+        self.history.clear()
+
+    def held(self) -> WeightFiles | None:
+        """The best weights, float32; None where there are none yet, or a file of them is gone."""
+        best = self.best
+        if best is None or (files := self._files_of(best)).missing():
+            return None
+        return files
+
     def files(self) -> WeightFiles:
         """The best weights, float32.
 
@@ -105,14 +140,13 @@ class BestWeights:
         """
         best = self.best
         assert best is not None
-        files = WeightFiles(root=self._output / "best", stem=checkpoint_name(best.step))
-        try:
-            gone = [path for path in files.paths() if not path.is_file()]
-        except FileNotFoundError as error:
-            gone = [Path(str(error))]
-        if gone:
+        files = self._files_of(best)
+        if gone := files.missing():
             raise UserError(
-                f"{gone[0]}, of the weights of the best validation, is gone: restore it, or train with"
-                " --select last"
+                f"{gone}, of the weights of the best validation, is gone: run the same command again, it"
+                " takes them from the newest checkpoint"
             )
         return files
+
+    def _files_of(self, validation: Validation) -> WeightFiles:
+        return WeightFiles(root=self._output / "best", stem=checkpoint_name(validation.step))

@@ -23,6 +23,8 @@ FLAGS = {
     "keep_checkpoints": 9,
     "validate_every": None,
 }
+DIVERGING = {"learning_rate": 3.0, "schedule": "constant", "early_stopping_patience": None, "select": "best"}
+"""its best validation comes early"""
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,21 @@ def runs(make_runs, corpus_dir, keys_dir):
 
 
 @pytest.fixture(scope="module")
-def straight(runs):
-    """A training that nothing disturbs, with its copies."""
-    runs.succeed(runs.start("plain", 2, copy_to=runs / "plain-copies"))
+def validated(base_dir):
+    """Flags of a training whose best weights come early."""
+    return {**DIVERGING, "model": base_dir, "validate_every": 2, "validation_positions": 100}
+
+
+@pytest.fixture(scope="module")
+def straight(runs, validated):
+    """Trainings that nothing disturbs, with their copies."""
+    runs.succeed(
+        runs.start("plain", 2, copy_to=runs / "plain-copies"),
+        runs.start("best", 2, copy_to=runs / "best-copies", **validated),
+        runs.start(
+            "best-two", 2, copy_to=runs / "best-two-copies", size=2, bytes_of_weights=5000, **validated
+        ),
+    )
     return runs
 
 
@@ -151,3 +165,38 @@ def test_resume_never_discards_the_copies_too(straight):
     (newest,) = list_checkpoints(copies)
     assert newest.name == list_checkpoints(runs / "anew" / "checkpoints")[0].name
     assert [path.name for path in copies.iterdir()] == [newest.name]
+
+
+@pytest.mark.parametrize(("name", "size"), [("best", 1), ("best-two", 2)])
+def test_the_best_weights_come_back_with_a_copy(straight, validated, name, size):
+    """Those of a straight run, byte for byte, in one file and in several."""
+    runs = straight
+    training = runs.manifest(name)["training"]
+    assert training["selected_step"] <= 10 < training["steps"]
+    copies = copies_until(runs, f"{name}-copies", f"{name}-lost-copies", 10)
+    more = {"bytes_of_weights": 5000} if size == 2 else {}
+    (said,) = runs.succeed(runs.start(f"{name}-lost", 2, copy_to=copies, size=size, **validated, **more))
+    assert f"resuming from {copies}" in said and "(step 10)" in said
+    names = [str(path.relative_to(runs / name)) for path in (runs / name / "best").iterdir()]
+    assert len(names) == 1 if size == 1 else len(names) > 2
+    weights = [str(path.relative_to(runs / name)) for path in (runs / name / "weights").iterdir()]
+    for file in ("best.json", *names, *weights):
+        assert (runs / f"{name}-lost" / file).read_bytes() == (runs / name / file).read_bytes(), file
+    assert runs.manifest(f"{name}-lost")["training"] == training
+
+
+def test_best_weights_that_are_nowhere_are_forgotten_with_a_warning(straight, validated):
+    """Of copies of a program that did not copy them; the training ends with the best of what is left."""
+    runs = straight
+    copies = copies_until(runs, "best-copies", "bare-copies", 10)
+    for path in list_checkpoints(copies):
+        manifest = read_sealed_json(path / "manifest.json")
+        manifest["files"] = [file for file in manifest["files"] if not file["name"].startswith("best/")]
+        shutil.rmtree(path / "best")
+        publish_json(path / "manifest.json", manifest, seal=True)
+    (said,) = runs.succeed(runs.start("bare", 2, copy_to=copies, **validated))
+    assert "the weights of the best validation" in said and "are forgotten" in said
+    training, whole = runs.manifest("bare")["training"], runs.manifest("best")["training"]
+    later = [validation for validation in whole["validations"] if validation["step"] > 10]
+    assert training["validations"] == later
+    assert training["selected_step"] == min(later, key=lambda each: each["perplexity"])["step"]
