@@ -136,7 +136,7 @@ def _row(arm: str, own: Reports, other: Reports | None) -> ArmRow:
     change = None if arm == BASE else change_of(arm, own.tested)
     is_on_other = arm != BASE and other is not None and arm in other.tested.sums
     other_change = change_of(arm, other.tested) if is_on_other and other is not None else None
-    # The first seed's report alone has the datastore, by whose time a memory's is counted.
+    # A report has no time where it did not find a stage of the memory.
     seconds = [figures.seconds for figures in by_seed if figures.seconds is not None]
     return ArmRow(
         arm=arm,
