@@ -32,7 +32,7 @@ from mlpmem_ds.core.typed_json import from_json
 
 _NAME = re.compile(r"step-(\d{8})")
 BEST_WEIGHTS = "best"
-"""the folder of a checkpoint with the weights of the best validation until then, where they are wanted"""
+"""the folder of a checkpoint with the weights of the best validation until then, where they are needed"""
 
 
 def checkpoint_name(step: int) -> str:
