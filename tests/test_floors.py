@@ -116,6 +116,7 @@ OWNERS: dict[str, set[str]] = {
         "stages/generation/exported_model.py",
         "stages/generation/generate.py",
         "stages/generation/text.py",
+        "stages/harness/grid_scores.py",
         "stages/harness/run_lm_eval.py",
         "stages/questions/answering.py",
         "stages/training/base_files.py",

@@ -186,7 +186,7 @@ class _Reading:
         return (torch.log_softmax(base.float(), -1), memory), output.get("past_key_values")
 
 
-# `DummyLayer`, which came later, holds nothing itself; what a joint model carries is one.
+# `DummyLayer`, which older versions lack, holds nothing itself; what a joint model carries is one.
 _KEYS_AND_VALUES = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
 _WITHOUT_KEYS: type = getattr(cache_utils, "DummyLayer", CarriedLayer)
 
