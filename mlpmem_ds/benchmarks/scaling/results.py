@@ -23,7 +23,8 @@ from mlpmem_ds.stages.report.words import scaled_text
 
 FORMAT, VERSION = "scaling", 1
 FILE_NAME = "scaling.json"
-_AXES = ("parameters", "compute")
+_AXES = {"parameters": "", "compute": "FLOP"}
+"""what a law is over → its unit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def read_scaling(path: Path) -> ScalingResult:
 def plot_scaling(result: ScalingResult, path: Path) -> None:
     """Perplexity over parameters and over compute: points, and the power laws without a floor."""
     figure = new_figure(10, 4.2)
-    for axes, axis in zip(figure.subplots(1, 2), _AXES, strict=True):
+    for axes, (axis, unit) in zip(figure.subplots(1, 2), _AXES.items(), strict=True):
         for number, arm in enumerate(dict.fromkeys(point.arm for point in result.points)):
             points = [point for point in result.points if point.arm == arm]
             x = np.array([getattr(point, axis) for point in points])
@@ -108,6 +109,12 @@ def plot_scaling(result: ScalingResult, path: Path) -> None:
             line = np.geomspace(x.min(), x.max(), 50)
             axes.plot(line, np.exp(law(line)), color=f"C{number}", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="test perplexity")
+        # Each point named on the axis: powers of ten leave most of so small a range without a number.
+        sizes = sorted({getattr(point, axis) for point in result.points})
+        axes.set_xticks(sizes, labels=[scaled_text(size, unit) for size in sizes], rotation=60)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     figure.axes[0].legend()
     with publish(path) as temporary:
         save_png(figure, temporary)
