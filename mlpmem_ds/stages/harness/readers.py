@@ -114,11 +114,9 @@ class Models:
     def of(self, reader: Reader, *, begin_tokens: bool) -> Answerer:
         """The reader's model, ready to answer prompts with the tokenizer's begin tokens, or without them."""
         model, encoder = self._load(reader.model, reader.flag)
-        if reader.with_passages and hasattr(model, "set_gate"):
-            model = model.base
         if not begin_tokens:
             encoder = replace(encoder, begin_ids=())
-        return ready_answerer(model, encoder)
+        return ready_answerer(model, encoder, base_alone=reader.with_passages)
 
     def weighting(self, reader: Reader, *, generates: bool) -> Weighting:
         """The weights at which this reader's answers are scored; 0 and 1 are always among them.

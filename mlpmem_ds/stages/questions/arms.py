@@ -142,13 +142,10 @@ class Answerers:
     def of(self, arm: Arm) -> Answerer:
         """The arm's model, ready to answer."""
         model, encoder = self._load(arm.model, arm.flag)
-        is_joint = hasattr(model, "set_gate")
-        base = model.base if is_joint else model
-        if is_joint and arm.part == "base":
-            model = base
-        elif is_joint:
+        base_alone = arm.part == "base"
+        if hasattr(model, "set_gate") and not base_alone:
             model.set_gate(self._own_gate if arm.gate is None else arm.gate)
-        return ready_answerer(model, encoder)
+        return ready_answerer(model, encoder, base_alone=base_alone)
 
     def context_limits(self, arms: Sequence[Arm]) -> list[ContextLimit]:
         """How the arms' models read, without their weights, of each model once."""
@@ -201,8 +198,13 @@ def load_plain(
     return model, open_encoder(tokenizer, label=f"the tokenizer of {flag}", special_tokens=special_tokens)
 
 
-def ready_answerer(model: Any, encoder: TextEncoder) -> Answerer:
-    """A loaded model, or base and memory in one, with all that its answers need."""
+def ready_answerer(model: Any, encoder: TextEncoder, *, base_alone: bool = False) -> Answerer:
+    """A loaded model, or base and memory in one, with all that its answers need.
+
+    Args:
+        base_alone: of base and memory only the base answers. It stops where both do: in an export only
+            the joint model has the settings of generation, the base's own are made from its config.json.
+    """
     base = model.base if hasattr(model, "set_gate") else model
     complete = complete_settings(
         model.generation_config,
@@ -211,7 +213,7 @@ def ready_answerer(model: Any, encoder: TextEncoder) -> Answerer:
         num_rows=len(output_head(base)[0]),
     )
     return Answerer(
-        model=model,
+        model=base if base_alone else model,
         encoder=encoder,
         tokens=token_settings(complete),
         context=max_context_of(base.config),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.models.generation_settings import end_tokens
 from mlpmem_ds.stages.generation import exported_model
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.readers import Models, list_readers
 from mlpmem_ds.stages.questions import arms
+
+from ..conftest import save_export
 
 CPU = torch.device("cpu")
 
@@ -75,3 +79,18 @@ def test_flags_of_a_memory_need_one(
     Models(make_config(export_dir, **changes), CPU)
     with pytest.raises(UserError, match=f"^{flag}: --model .*plain is not there or has no memory: give"):
         Models(make_config(plain_dir, **changes), CPU)
+
+
+def test_the_base_with_passages_ends_where_base_and_memory_do(
+    base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """The base's generation_config.json names an end token that its config.json lacks."""
+    shutil.copytree(base_dir, tmp_path / "base")
+    GenerationConfig(eos_token_id=[0, 17]).save_pretrained(tmp_path / "base")
+    export = save_export(tmp_path / "export", tmp_path / "base", corpus_dir, lmbda=0.35)
+    config = make_config(export, passages=corpus_dir)
+    models = Models(config, CPU)
+    joint, with_passages = (models.of(reader, begin_tokens=True) for reader in list_readers(config))
+    assert with_passages.model is joint.model.base
+    assert 17 in end_tokens(with_passages.tokens["eos_token_id"])
+    assert with_passages.tokens == joint.tokens
