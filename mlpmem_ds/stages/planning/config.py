@@ -126,7 +126,11 @@ class Config(Flags):
     price_per_gpu_hour: float | None = option(
         "price of a GPU for an hour, in any currency: adds the price of each stage", None, above=0
     )
-    calibrate: Path | None = option("directory of a finished run, for its sizes and its speed", None)
+    calibrate: Path | None = option(
+        "directory of a finished run, for its speed, and for the sizes that no flag gives; shards are its own"
+        " at its positions alone, and of another --width or --vocab-size nothing of its base and memory",
+        None,
+    )
     output: Path | None = option("JSON file to write in addition to the table", None)
 
     def check(self) -> None:

@@ -1,7 +1,8 @@
 """`plan`: what a run will need in bytes, hours, GPUs and memory, stage by stage.
 
 Bytes follow from the formats, seconds are operations over rates (cost_model.py). `--calibrate RUN`
-takes the sizes that no flag gives, and the rates, from a finished run on the same kind of machine.
+takes the rates from a finished run on the same kind of machine, and the sizes that no flag gives and that
+hold for this text and base too.
 """
 
 from __future__ import annotations

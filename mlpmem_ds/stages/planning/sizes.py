@@ -17,6 +17,18 @@ from mlpmem_ds.stages.planning.cost_model import resolve_search
 from mlpmem_ds.stages.planning.workload import Machine, Workload, check_sizes
 from mlpmem_ds.stages.targets.units import auto_shard_positions
 
+_OF_BASE = ("parameters", "width", "vocab_size", "dim", "memory")
+_FOLLOWERS: dict[str, tuple[str, ...]] = {
+    "positions": ("unit_positions", "shard_positions", "num_shards"),
+    "factory": ("num_shards",),
+    "width": _OF_BASE,
+    "vocab_size": _OF_BASE,
+    "input_layers": ("memory",),
+    "codec": ("dim",),
+    "k": ("neighbour_perplexity",),
+}
+"""a size → those that a run has because of it, and that a plan with another one does not take from the run"""
+
 
 def planned_workload(config: Config, run_sizes: dict[str, Any], machine: Machine) -> Workload:
     """The sizes: from the flags, else the model, else the calibrated run, else the stages' defaults.
@@ -37,30 +49,41 @@ def planned_workload(config: Config, run_sizes: dict[str, Any], machine: Machine
             raise UserError(
                 f"--model {config.model}: {error}; give --parameters, --width and --vocab-size instead"
             ) from error
-    # Keys and memory of another base have other sizes than the run's, and units follow the positions.
-    own = ("unit_positions", "shard_positions", *(("dim", "memory") if shape or config.input_layers else ()))
-    inherited = {name: value for name, value in run_sizes.items() if name not in own}
-    sizes: dict[str, Any] = DEFAULTS | inherited | shape | flags
-    if "k" in flags and "neighbour_perplexity" not in flags:
-        sizes.pop("neighbour_perplexity", None)  # the run's belongs to the run's k
+    sizes: dict[str, Any] = DEFAULTS | _inherited(run_sizes, shape | flags) | shape | flags
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     missing = [name for name in ("parameters", "width", "vocab_size") if name not in sizes]
     if missing:
         named = ", ".join(map(flag_name, missing))
-        raise UserError(f"{named} missing: give them, or --model, or --calibrate a finished run")
+        other_remedy = (
+            ", or --calibrate a finished run"
+            if config.calibrate is None
+            else "; the run of --calibrate has another base, or its base is not on this disk"
+        )
+        raise UserError(f"{named} missing: give them, or --model{other_remedy}")
     memory = _memory(config, sizes)
     sizes["dim"] = sizes.get("dim", min(256, sizes["width"]))
     if sizes["codec"] == "raw":
         sizes["dim"] = flags.get("dim", sizes["width"])
     check_sizes(sizes)
-    sizes["unit_positions"] = auto_unit_positions(sizes["positions"])
-    sizes["shard_positions"] = auto_shard_positions(sizes["positions"])
+    sizes.setdefault("unit_positions", auto_unit_positions(sizes["positions"]))
+    sizes.setdefault("shard_positions", auto_shard_positions(sizes["positions"]))
     sizes["factory"] = _factory(config.factory, sizes, machine)
     sizes["num_shards"] = _num_shards(sizes)
     key_bytes = sizes["dim"] * (1 if sizes["codec"] == "int8" else 2)
     sizes["search"] = resolve_search(config.search, sizes["positions"], key_bytes, machine)
     sizes |= {"memory": memory, "parameters": int(sizes["parameters"])}
     return Workload(**{field.name: sizes[field.name] for field in dataclasses.fields(Workload)})
+
+
+def _inherited(run_sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The run's sizes without those that follow from one that is given otherwise."""
+    changed = [
+        name
+        for name, value in given.items()
+        if name in run_sizes and value not in ("auto", run_sizes[name])  # auto names none
+    ]
+    left_out = {follower for name in changed for follower in _FOLLOWERS.get(name, ())}
+    return {name: value for name, value in run_sizes.items() if name not in left_out}
 
 
 def workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
