@@ -79,6 +79,23 @@ def check_splits(split_of: array[int], rules: SplitRules) -> None:
     Raises:
         UserError: nothing for the training split.
     """
+    num_taken = len(split_of) - split_of.count(NOT_TAKEN)
+    if rules.max_bytes is not None and not num_taken and len(split_of):
+        if rules.weights:
+            raise UserError(
+                f"of --max-bytes {rules.max_bytes:g} each of the {len(rules.weights)} inputs gets a share, by"
+                " --weights, that is less than each of its documents: give more, or leave it out for as much"
+                " as the weights allow"
+            )
+        raise UserError(
+            f"--max-bytes {rules.max_bytes:g} is less than each of the {len(split_of)} documents of the"
+            " inputs: give more, or leave it out for all of them"
+        )
+    if SPLITS.index("train") not in split_of:
+        raise UserError(
+            f"the inputs hold {len(split_of)} documents with text, {num_taken} of them "
+            "are taken, and none of these is in the training split: give more text or smaller fractions"
+        )
     fractions = {
         "tuning": rules.tuning_fraction,
         "test": rules.test_fraction,
@@ -89,17 +106,6 @@ def check_splits(split_of: array[int], rules: SplitRules) -> None:
             _logger.warning(
                 "the %s split is empty: every document is larger than its share of the text", split
             )
-    num_taken = len(split_of) - split_of.count(NOT_TAKEN)
-    if rules.max_bytes is not None and not num_taken and len(split_of):
-        raise UserError(
-            f"--max-bytes {rules.max_bytes:g} is less than each of the {len(split_of)} documents of the"
-            " inputs: give more, or leave it out for all of them"
-        )
-    if SPLITS.index("train") not in split_of:
-        raise UserError(
-            f"the inputs hold {len(split_of)} documents with text, {num_taken} of them "
-            "are taken, and none of these is in the training split: give more text or smaller fractions"
-        )
 
 
 def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int]:

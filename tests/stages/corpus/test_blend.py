@@ -105,3 +105,19 @@ def test_what_cannot_be_blended_is_refused(two_inputs: tuple[Path, Path], tmp_pa
     with pytest.raises(UserError, match="the input 3 of 3 holds no text"):
         run((*two_inputs, tmp_path / "empty"), tmp_path / "corpus", weights=(1.0, 1.0, 1.0))
     assert not (tmp_path / "corpus").exists()
+
+
+def test_shares_that_hold_no_document_are_told_as_shares(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """600 bytes fit in 1000; the 500 of each input do not hold them."""
+    inputs = (tmp_path / "a.txt", tmp_path / "b.txt")
+    for path in inputs:
+        path.write_text(f"{path.name[0]} " * 300)
+    with pytest.raises(
+        UserError,
+        match=r"of --max-bytes 1000 each of the 2 inputs gets a share, .* than each of its documents",
+    ):
+        run(inputs, tmp_path / "corpus", weights=(0.5, 0.5), max_bytes=1000.0)
+    assert not (tmp_path / "corpus").exists() and "split is empty" not in caplog.text
+    run(inputs, tmp_path / "corpus", weights=(0.5, 0.5), max_bytes=1200.0)
