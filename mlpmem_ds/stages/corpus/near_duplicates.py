@@ -10,19 +10,23 @@ document that is reported on leaves the training, and not the other way round. M
 from __future__ import annotations
 
 import json
+import logging
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines.minhash import SignatureRules
 from mlpmem_ds.formats.corpus import SPLITS, NearDuplicates
 from mlpmem_ds.formats.omissions import Omission
 from mlpmem_ds.maths.similar_signatures import repeated_by, similar_pairs
 from mlpmem_ds.stages.corpus.splits import NOT_TAKEN, SurveyedDocuments
 
+_logger = logging.getLogger(__name__)
 Mode = Literal["keep", "report", "remove"]
 LIST_FILE = "near_duplicates.jsonl"
 _KEPT_FIRST = ("test", "heldout", "tuning", "train")
@@ -92,6 +96,32 @@ def leave_out(repetitions: Iterable[Repetition], split_of: array[int]) -> Iterat
     for repetition in repetitions:
         split_of[repetition.number] = NOT_TAKEN
         yield Omission(name=repetition.name, reason="near duplicate", detail=repetition.kept_name)
+
+
+def check_what_is_left(
+    repetitions: Iterable[Repetition], split_of: array[int], rules: NearDuplicateRules
+) -> None:
+    """Warn of splits that have lost all their documents; call it after `leave_out`.
+
+    Raises:
+        UserError: the training split has.
+    """
+    num_lost = Counter(repetition.split for repetition in repetitions)
+    emptied = {split: num_lost[split] for split in num_lost if SPLITS.index(split) not in split_of}
+    remedy = (
+        f"each is at least --near-duplicate-threshold {rules.threshold:g} like one of another split; give"
+        " other text too, a higher threshold, or --near-duplicates report"
+    )
+    if "train" in emptied:
+        raise UserError(
+            f"--near-duplicates remove takes all documents of the training split ({emptied['train']}):"
+            f" {remedy}"
+        )
+    for split, count in emptied.items():
+        _logger.warning(
+            "the %s split is empty, because --near-duplicates remove takes all its documents (%d): %s",
+            split, count, remedy,
+        )  # fmt: skip
 
 
 def count_repetitions(repetitions: Iterable[Repetition], rules: NearDuplicateRules) -> NearDuplicates:

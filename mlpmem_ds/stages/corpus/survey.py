@@ -29,6 +29,7 @@ from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus.near_duplicates import (
     NearDuplicateRules,
     Repetition,
+    check_what_is_left,
     find_repetitions,
     leave_out,
 )
@@ -158,7 +159,8 @@ def survey_files(
         near: how near duplicates are found; None: they are not.
 
     Raises:
-        UserError: two files of one name, no text, or nothing for the training split.
+        UserError: two files of one name, no text, or nothing for the training split, be it only once near
+            duplicates are removed.
     """
     _refuse_equal_names(files)
     needs_names = rules.max_bytes is not None or bool(rules.weights) or near is not None
@@ -188,6 +190,7 @@ def survey_files(
     repetitions = [] if near is None else find_repetitions(documents, split_of, near)
     if near is not None and near.mode == "remove":
         omissions += leave_out(repetitions, split_of)
+        check_what_is_left(repetitions, split_of, near)
     return Survey(
         units=units.units,
         split_of=split_of,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ import pytest
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.minhash import SignatureRules
 from mlpmem_ds.formats.corpus import SPLITS, open_corpus, read_corpus_manifest
 from mlpmem_ds.stages.corpus import prepare_corpus
 from mlpmem_ds.stages.corpus import survey as corpus_survey
+from mlpmem_ds.stages.corpus.near_duplicates import (
+    NearDuplicateRules,
+    Repetition,
+    check_what_is_left,
+    leave_out,
+)
 
 from .test_prepare_corpus import config_of, result_of
 
@@ -115,6 +123,50 @@ def test_ranks_and_processes_give_the_same_bytes(
             config_of(planted, two, heldout_fraction=0.0, near_duplicates="remove"), World(rank=rank, size=2)
         )
     assert result_of(one) == result_of(two)
+
+
+def test_a_training_split_that_would_lose_every_document_is_refused(tmp_path: Path) -> None:
+    """Versions of one document: that in the test split stays, and all others repeat it."""
+    root, output = tmp_path / "versions", tmp_path / "corpus"
+    root.mkdir()
+    for number in range(10):
+        (root / f"v{number}.txt").write_text(" ".join([*words(300, 0)[:-1], f"version{number}"]))
+    changes = {"tuning_fraction": 0.0, "test_fraction": 0.2, "near_duplicate_threshold": 0.9}
+    with pytest.raises(
+        UserError,
+        match=r"--near-duplicates remove takes all documents of the training split \(8\): each is at least"
+        r" --near-duplicate-threshold 0\.9 like .* higher threshold, or --near-duplicates report",
+    ):
+        run(root, output, near_duplicates="remove", **changes)
+    assert not output.exists()
+    run(root, output, near_duplicates="report", **changes)
+
+
+def test_a_split_that_loses_every_document_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    of = {split: SPLITS.index(split) for split in SPLITS}
+    split_of = array("b", [of["train"], of["tuning"], of["tuning"], of["test"], of["train"]])
+    repetitions = [
+        Repetition(
+            number=number,
+            name=f"{number}",
+            split=SPLITS[split_of[number]],
+            kept_name="3",
+            kept_split="test",
+            similarity=1.0,
+            num_bytes=9,
+        )
+        for number in (0, 1, 2)
+    ]
+    list(leave_out(repetitions, split_of))
+    rules = NearDuplicateRules(
+        mode="remove", threshold=0.8, signatures=SignatureRules(words=5, hashes=128, seed=0)
+    )
+    check_what_is_left(repetitions, split_of, rules)
+    (record,) = caplog.records
+    assert (
+        "the tuning split is empty, because --near-duplicates remove takes all its documents (2)"
+        in record.getMessage()
+    )
 
 
 def test_settings_that_are_not_used_are_told(
