@@ -38,7 +38,12 @@ class ImportConfig(Flags):
     temperature: float = option(
         "noted in the manifest: T of the targets, in squared key units", 16.0, above=0
     )
-    block_size: int = option("positions of a sample and of a window", 1024, at_least=1)
+    block_size: int = option(
+        "with --datastore: positions of a sample and of a window (targets of --keys have those of the keys)",
+        1024,
+        at_least=1,
+        identity="resolved",
+    )
     unit_positions: int = option("positions of a unit of keys", 65536, at_least=1)
     shard_positions: int = option("positions of a target shard", 65536, at_least=1)
 
@@ -52,13 +57,31 @@ class ImportConfig(Flags):
         if self.datastore and self.model is None:
             raise UserError("--datastore needs --model, the base of the keys")
         if not self.datastore:
-            self.refuse_unused("key_layer", "unit_positions", "model", "tokenizer", of="--datastore")
+            self.refuse_unused(
+                "key_layer", "unit_positions", "block_size", "model", "tokenizer", of="--datastore"
+            )
+        if not self.targets:
+            self.refuse_unused("k", "temperature", "shard_positions", of="--targets")
         shared_flags.refuse_repeated(self.datastore, flag="--datastore")
         shared_flags.refuse_repeated(self.targets, flag="--targets")
-        if self.shard_positions % self.block_size:
+        if self.datastore and self.targets:
+            self.check_shards(self.block_size, of="--block-size")
+
+    def check_shards(self, block_size: int, *, of: str) -> None:
+        """Refuse target shards that cut blocks.
+
+        Args:
+            block_size: positions of a sample.
+            of: whose it is, as users write it.
+
+        Raises:
+            UserError: with the nearest size that does not.
+        """
+        if self.shard_positions % block_size:
+            nearest = max(block_size, round(self.shard_positions / block_size) * block_size)
             raise UserError(
-                f"--shard-positions {self.shard_positions} must be a multiple of --block-size"
-                f" {self.block_size}"
+                f"--shard-positions {self.shard_positions} is not a multiple of {of}, {block_size}:"
+                f" choose {nearest}"
             )
 
 

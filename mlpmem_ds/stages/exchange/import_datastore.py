@@ -10,7 +10,6 @@ Row i of a datastore and of its targets is position i. The files hold no log-pro
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -98,6 +97,8 @@ def run(config: ImportConfig, world: World) -> None:
     source = _open_source(config) if config.datastore else None
     targets = open_arrow(config.targets, TARGETS, flag="--targets") if config.targets else None
     keys = open_keys(config.keys) if config.keys is not None else None
+    if keys is not None:
+        config.check_shards(keys.manifest.block_size, of="the block size of --keys")
     num_rows = source.table.num_rows if source is not None else keys.num_positions if keys is not None else 0
     if targets is not None and targets.num_rows != num_rows:
         raise UserError(
@@ -176,9 +177,10 @@ def _open(
     manifest: type[Manifest],
     inputs: dict[str, str],
     flags: tuple[str, ...],
+    block_size: int,
     world: World,
 ) -> StageDirectory:
-    """OUTPUT/<format> as a stage directory whose bytes these flags decide."""
+    """OUTPUT/<format> as a stage directory whose bytes these flags decide, among them `block_size`."""
     return open_stage(
         config.output / manifest.FORMAT,
         stage=manifest.FORMAT,
@@ -186,6 +188,7 @@ def _open(
         config=config,
         inputs=inputs,
         world=world,
+        resolved={"block_size": block_size},
         flags=flags,
     )
 
@@ -194,7 +197,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     units = _units(config, source.table.num_rows)
     vocabulary = vocabulary_sha256(source.tokenizer)
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
-    stage = _open(config, CorpusManifest, inputs, ("block_size", "unit_positions"), world)
+    stage = _open(config, CorpusManifest, inputs, ("block_size", "unit_positions"), config.block_size, world)
 
     def write_tokenizer(_: str, writer: UnitWriter) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -253,7 +256,8 @@ def _finish(stage: StageDirectory, units: list[str], describe: Any) -> str:
 def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world: World) -> None:
     units, num_rows = _units(config, source.table.num_rows), source.table.num_rows
     inputs = {"corpus": corpus_sha256, "model": source.model_sha256}
-    stage = _open(config, KeysManifest, inputs, ("key_layer", "block_size", "unit_positions"), world)
+    flags = ("key_layer", "block_size", "unit_positions")
+    stage = _open(config, KeysManifest, inputs, flags, config.block_size, world)
     progress = Progress(num_rows, label="keys", unit="positions", world=world)
 
     name_of = partial(file_name, unit_positions=config.unit_positions, total=num_rows)
@@ -308,13 +312,11 @@ def _write_keys(config: ImportConfig, source: _Source, corpus_sha256: str, world
 
 
 def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: World) -> None:
-    size = keys.manifest.vocab_size
-    config = dataclasses.replace(config, block_size=keys.manifest.block_size)  # checks the shards' size again
+    size, block_size = keys.manifest.vocab_size, keys.manifest.block_size
     shards = {f"{block.start:012d}": block for block in split_blocks(table.num_rows, config.shard_positions)}
     inputs = {"keys": keys.sha256, "targets": _hash_of(config.targets)}
-    stage = _open(
-        config, TargetsManifest, inputs, ("k", "temperature", "block_size", "shard_positions"), world
-    )
+    flags = ("k", "temperature", "block_size", "shard_positions")
+    stage = _open(config, TargetsManifest, inputs, flags, block_size, world)
     progress = Progress(table.num_rows, label="targets", unit="positions", world=world)
 
     verify_inputs(stage, keys, keys.array_files("values"), label="keys")
@@ -324,8 +326,8 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
 
         def blocks() -> Any:
             nonlocal empty
-            for start in range(shard.start, shard.stop, config.block_size):
-                stop = min(start + config.block_size, shard.stop)
+            for start in range(shard.start, shard.stop, block_size):
+                stop = min(start + block_size, shard.stop)
                 rows, labels_n = read_rows(table, start, stop, size)
                 wrong_n = labels_n != keys.read("values", start, stop)
                 if wrong_n.any():
@@ -345,7 +347,7 @@ def _write_targets(config: ImportConfig, table: ArrowTable, keys: Keys, world: W
         summaries = stage.summaries(list(shards))
         return TargetsManifest(
             num_positions=table.num_rows,
-            block_size=config.block_size,
+            block_size=block_size,
             shard_positions=config.shard_positions,
             vocab_size=size,
             k=config.k,

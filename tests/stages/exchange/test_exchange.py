@@ -11,6 +11,7 @@ import pytest
 
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import read_sealed_json
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import bfloat16_bits, bfloat16_values, open_keys
@@ -85,11 +86,12 @@ def arrow(tmp_path_factory: pytest.TempPathFactory, keys_ND: np.ndarray) -> tupl
     return write_arrow(tmp_path_factory.mktemp("arrow"), stored_rows(), keys_ND)
 
 
+DATASTORE_ALONE = {"targets": (), "shard_positions": default_of(ImportConfig, "shard_positions")}
 TARGETS_ALONE = {
     "datastore": (),
     "model": None,
     "tokenizer": None,
-    "unit_positions": default_of(ImportConfig, "unit_positions"),
+    **{name: default_of(ImportConfig, name) for name in ("block_size", "unit_positions")},
 }
 
 
@@ -246,6 +248,26 @@ def test_reruns_give_the_same_bytes_and_targets_alone_fit_keys(
     )
 
 
+def test_the_blocks_of_targets_alone_are_those_of_their_keys(
+    imported: Path, arrow: Any, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """Whatever the default is. A datastore alone is bound to no size of shards."""
+    alone = config_of(
+        arrow,
+        base_dir,
+        corpus_dir,
+        tmp_path / "alone",
+        **TARGETS_ALONE,
+        keys=imported / "keys",
+        shard_positions=96,
+    )
+    import_datastore.run(alone, World())
+    assert open_targets(tmp_path / "alone" / "targets").manifest.block_size == BLOCK
+    identity = read_sealed_json(tmp_path / "alone" / "targets" / "identity.json")
+    assert identity["config"] == {"block_size": BLOCK, "shard_positions": 96}
+    config_of(arrow, base_dir, corpus_dir, tmp_path / "keys_alone", **DATASTORE_ALONE, block_size=1000)
+
+
 def change(rows: list[dict[str, Any]], number: int, **values: Any) -> list[dict[str, Any]]:
     return [{**row, **values} if index == number else row for index, row in enumerate(rows)]
 
@@ -325,7 +347,16 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         ({"datastore": ()}, "needs --datastore or --keys"),
         ({"keys": imported / "keys"}, "not both"),
         ({"key_layer": 7}, "layer 7 does not exist"),
-        ({"shard_positions": 33}, "multiple of --block-size"),
+        ({"shard_positions": 33}, "--shard-positions 33 is not a multiple of --block-size, 32: choose 32"),
+        (
+            {**TARGETS_ALONE, "keys": imported / "keys", "shard_positions": 1000},
+            f"--shard-positions 1000 is not a multiple of the block size of --keys, {BLOCK}: choose 992",
+        ),
+        (
+            {**TARGETS_ALONE, "keys": keys_dir, "block_size": 1000},
+            "--block-size is of --datastore: add that, or leave it out",
+        ),
+        ({"targets": ()}, "--shard-positions is of --targets: add that, or leave it out"),
         ({"targets": (arrow[1], arrow[1])}, "--targets names .* twice"),
         ({"datastore": (arrow[0], arrow[0])}, "--datastore names .* twice"),
         (
@@ -334,7 +365,7 @@ def test_wrong_files_are_refused_and_nothing_is_written(
         ),
         (
             {"datastore": (), "keys": keys_dir},
-            "--unit-positions, --model, --tokenizer are of --datastore: add that, or leave them out",
+            "--unit-positions, --block-size, --model, --tokenizer are of --datastore: add that, or leave",
         ),
     ]
     for changes, message in cases:
@@ -361,6 +392,6 @@ def test_a_value_without_a_row_in_the_base_is_named(
     shape = GPT2Config(vocab_size=largest, n_positions=64, n_embd=WIDTH, n_layer=1, n_head=1)
     shape.bos_token_id = shape.eos_token_id = 0
     GPT2LMHeadModel(shape).save_pretrained(tmp_path / "small")
-    config = config_of(arrow, tmp_path / "small", corpus_dir, tmp_path / "run", targets=())
+    config = config_of(arrow, tmp_path / "small", corpus_dir, tmp_path / "run", **DATASTORE_ALONE)
     with pytest.raises(UserError, match=rf"a token that the base has no row for .of {largest}"):
         import_datastore.run(config, World())
