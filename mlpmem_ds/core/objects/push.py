@@ -52,6 +52,8 @@ class Push:
         threads: that send at once.
         replace: send all anew where the URL has a whole mirror, or that of another directory.
 
+    `of` is what tells the directory from others (`LocalDirectory.of`), when the push began.
+
     Raises:
         UserError: the URL is another directory's mirror, or holds other bytes.
     """
@@ -60,7 +62,7 @@ class Push:
         self, directory: LocalDirectory, store: Store, *, threads: int = THREADS, replace: bool = False
     ) -> None:
         self._directory, self._store, self._threads = directory, store, threads
-        self._of = directory.of()
+        self.of = directory.of()
         self._journal = Journal(directory.root, store.url)
         self._count = threading.Lock()
         self._num_files = self._num_bytes = 0
@@ -84,15 +86,15 @@ class Push:
         self._former = None
         self._journal.remove()
         withdraw(self._store)
-        begin(self._store, self._of, name=str(self._directory.root))
+        begin(self._store, self.of, name=str(self._directory.root))
 
     def _open(self) -> Listing | None:
         """The mirror of this very directory, if it is whole; of none a new one is begun."""
         listing = read_listing(self._store)
         if listing is None:
-            begin(self._store, self._of, name=str(self._directory.root))
+            begin(self._store, self.of, name=str(self._directory.root))
             return None
-        require_same(self._store, listing.of, self._of, name=str(self._directory.root))
+        require_same(self._store, listing.of, self.of, name=str(self._directory.root))
         self._refuse_other_bytes(listing)
         return listing
 
@@ -110,6 +112,14 @@ class Push:
                     f"{record.sha256[:12]} and {own[record.name].sha256[:12]}), of the same flags and inputs:"
                     " choose another URL, or --replace what is there"
                 )
+
+    def _refuse_another_directory(self) -> None:
+        """One that has taken the place since the push began. A plain one would be read once more for it."""
+        if self._directory.kind != "plain" and self._directory.of() != self.of:
+            raise UserError(
+                f"{self._directory.root} is another directory than when its push began: it was made anew with"
+                " other flags or inputs; send it again, with --replace"
+            )
 
     def send(self) -> Pushed:
         """Send all that is final and not there yet; of a complete directory then the list, after which the
@@ -190,7 +200,8 @@ class Push:
                 )
         for name in (name for name in self._names if name in LAST_FILES):
             self._send_one((name, None))
+        self._refuse_another_directory()
         records = {record.name: record for record in self._journal.records}
-        publish_listing(self._store, self._of, [records[name] for name in self._names])
+        publish_listing(self._store, self.of, [records[name] for name in self._names])
         self._journal.remove()
         self._former = read_listing(self._store)

@@ -88,11 +88,7 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
                 continue  # an empty run
             place = join_url(url, directory.name)
             try:
-                if directory.name not in pushes:
-                    pushes[directory.name] = Push(
-                        directory, Store(place), threads=config.threads, replace=config.replace
-                    )
-                pushed = pushes[directory.name].send()
+                pushed = _push_of(directory, place, config, pushes).send()
             except FileNotFoundError as error:  # a checkpoint that its training has removed meanwhile
                 _logger.info("%s is gone: %s", error.filename, directory.root)
                 continue
@@ -108,6 +104,16 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
         if set(states) == {url} and states[url].is_whole:
             return [_in_words(url, states[url])]
         time.sleep(config.watch_seconds)
+
+
+def _push_of(directory: LocalDirectory, url: str, config: Config, pushes: dict[str, Push]) -> Push:
+    """The one of an earlier look, unless another directory has taken the name since: a stage that was removed
+    and made anew with other flags."""
+    push = pushes.pop(directory.name, None)
+    if push is None or push.of != directory.of():
+        push = Push(directory, Store(url), threads=config.threads, replace=config.replace)
+    pushes[directory.name] = push
+    return push
 
 
 def _name_left_out(source: Path, directories: list[LocalDirectory]) -> None:

@@ -146,6 +146,24 @@ def test_an_object_that_vanished_meanwhile_is_no_whole_mirror(memory_url: str, s
     assert Push(directory_of(stage_dir), Store(memory_url)).send().is_whole
 
 
+def test_a_directory_that_is_made_anew_while_it_is_sent_is_no_whole_mirror(
+    memory_url: str, tmp_path: Path
+) -> None:
+    """Its last files would be listed under the identity of the one before."""
+    output = tmp_path / "stage"
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Config(output=output), World(), fail_at="3")
+    push = Push(directory_of(output), Store(memory_url))
+    push.send()
+    shutil.rmtree(output)
+    run(Config(output=output, factor=3), World())
+    with pytest.raises(UserError, match="stage is another directory than when its push began"):
+        push.send()
+    assert read_listing(Store(memory_url)) is None
+    assert Push(directory_of(output), Store(memory_url), replace=True).send().is_whole
+    assert verify(Store(memory_url), flag="SOURCE").faults == ()
+
+
 def test_what_a_former_push_has_noted_is_not_believed_after_another_directory_was_there(
     memory_url: str, stage_dir: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -14,12 +15,16 @@ import pytest
 from mlpmem_ds import commands
 from mlpmem_ds.core.files import FileRecord, publish_json, record_file, sha256_of_file
 from mlpmem_ds.core.objects import push
-from mlpmem_ds.core.objects.listing import FILES
+from mlpmem_ds.core.objects.contents import directories_in
+from mlpmem_ds.core.objects.listing import FILES, read_listing
 from mlpmem_ds.core.objects.store import Store
+from mlpmem_ds.core.objects.verify import verify
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.mirroring import mirror
 from mlpmem_ds.stages.targets import write_targets
+
+from ...core import toy_stage
 
 ROOT = Path(__file__).parents[3]
 INDEX = ("--factory", "IVF4,PQ4x4")
@@ -206,3 +211,42 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(
     monkeypatch.setattr(push, "send_file", removing)
     run(["mirror", output, url, "--watch", "--watch-seconds", ".05", "--checkpoints"])
     assert Store(url).read(FILES) is not None and not step.exists()
+
+
+@pytest.mark.parametrize("fails_at", ["3", None], ids=["at work", "whole"])
+@pytest.mark.parametrize("replace", [False, True], ids=["refused", "replaced"])
+def test_a_stage_that_is_made_anew_while_it_is_watched_is_another_directory(
+    fails_at: str | None,
+    replace: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its files are never listed as those of the stage that was there before."""
+    output, url = tmp_path / "run/stage", f"file://{tmp_path}/store"
+    with contextlib.suppress(RuntimeError):
+        toy_stage.run(toy_stage.Config(output=output), World(), fail_at=fails_at)
+    former = directories_in(output)[0].of()
+    looks = 0
+
+    def make_anew(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise KeyboardInterrupt
+        if looks == 1:
+            shutil.rmtree(output)
+            toy_stage.run(toy_stage.Config(output=output, factor=3), World())
+
+    monkeypatch.setattr(mirror.time, "sleep", make_anew)
+    words = [str(tmp_path / "run"), url, "--watch", *(["--replace"] if replace else [])]
+    assert commands.mirror(words) == 130
+    said, listing = capsys.readouterr().err, read_listing(Store(f"{url}/stage"))
+    assert "of the same flags" not in said
+    if replace:
+        assert listing is not None and listing.of == directories_in(output)[0].of() != former
+        assert verify(Store(f"{url}/stage"), flag="SOURCE").faults == ()
+        assert said.count("all files are sent again") == 1
+    else:
+        assert "/stage is the mirror of another directory than" in said
+        assert (listing is None) if fails_at else (listing is not None and listing.of == former)
