@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.objects.urls import join_url
 
 THREADS = 8
+HALF = ".partial"
+"""how the name of a file that is being fetched ends"""
 _PARTS_AHEAD = 3
 _HASH_BYTES = 1 << 20
 _REMEDY = "push the directory again with tools/mirror.py --replace, or check what else writes there"
@@ -79,7 +82,24 @@ def _receive(store: Store, record: FileRecord, stream: BinaryIO, digest: Any, *,
 
 def partial_path(path: Path, record: FileRecord) -> Path:
     """Of a file that is being fetched: the name says how large it will be."""
-    return path.with_name(f".{path.name}.{record.sha256[:12]}.{record.bytes}.partial")
+    return path.with_name(f".{path.name}.{record.sha256[:12]}.{record.bytes}{HALF}")
+
+
+def bytes_to_write(root: Path, records: Iterable[FileRecord]) -> int:
+    """How many more bytes of a disk a fetch of files takes: what an earlier one has left of them is there."""
+    return sum(
+        record.bytes - min(record.bytes, _size_of(partial_path(root / record.name, record)))
+        for record in records
+    )
+
+
+def _size_of(path: Path) -> int:
+    """Bytes that are free once a file is removed: none where there is no file, or one of several names."""
+    try:
+        state = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return state.st_size if stat.S_ISREG(state.st_mode) and state.st_nlink == 1 else 0
 
 
 def _hash_whole_parts(stream: BinaryIO, digest: Any) -> int:
@@ -154,7 +174,7 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
 
 def _fetch_what_differs(store: Store, listing: Listing, root: Path, threads: int) -> None:
     missing = not_whole(root, listing.files, threads=threads)
-    needed = sum(record.bytes for record in missing)
+    needed = bytes_to_write(root, missing) - sum(_size_of(root / record.name) for record in missing)
     free = shutil.disk_usage(root).free
     if needed > free:
         raise UserError(f"{store.url} needs {needed:,} bytes, and {root} has {free:,} free: free some space")

@@ -149,6 +149,37 @@ def test_a_damaged_file_of_the_copy_is_fetched_again(pushed: str, stage_dir: Pat
     assert (copy / "part-2.npy").read_bytes() == content
 
 
+def test_a_pull_needs_no_space_for_what_is_there(
+    memory_url: str, stage_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halves of files are gone on with, and damaged files removed before others are fetched."""
+    store = Store(memory_url)
+    Push(directories_in(stage_dir)[0], store).send()
+    copy = tmp_path / "copy"
+    shutil.copytree(stage_dir, copy)
+    (copy / "manifest.json").unlink()
+    half, whole = (record_file(stage_dir, f"part-{number}.npy") for number in (1, 2))
+    damaged = record_file(stage_dir, "part-3.npy")
+    (copy / half.name).unlink()
+    fetch.partial_path(copy / half.name, half).write_bytes(b"half")
+    os.replace(copy / whole.name, fetch.partial_path(copy / whole.name, whole))
+    (copy / damaged.name).write_bytes(b"longer" * damaged.bytes)
+    needed = (stage_dir / "manifest.json").stat().st_size + half.bytes - 4 - 5 * damaged.bytes
+
+    def with_free(num_bytes: int) -> None:
+        free = disk_usage(tmp_path)._replace(free=num_bytes)
+        monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: free)
+
+    disk_usage = shutil.disk_usage
+    with_free(needed - 1)
+    with pytest.raises(UserError, match=f"needs {needed:,} bytes, and .* has {needed - 1:,} free"):
+        pull(store, copy, flag="SOURCE")
+    assert (copy / damaged.name).exists()
+    with_free(needed)
+    pull(store, copy, flag="SOURCE")
+    assert result_of(copy) == result_of(stage_dir)
+
+
 def test_two_fetches_into_one_directory_at_once_are_refused(
     memory_url: str, stage_dir: Path, tmp_path: Path
 ) -> None:
