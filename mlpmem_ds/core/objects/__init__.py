@@ -11,7 +11,7 @@ are (`listing.py`). It is whole when `.mirror/files.json` is there, the last obj
 - `listing.py`: what a mirror holds, and whose it is
 - `journal.py`: what was sent, for a push that was interrupted
 - `push.py`, `fetch.py`, `verify.py`: a directory to a URL, files from a URL, and whether all are as they were
-- `cache.py`: what is read from URLs, on a local disk, up to a size; `on_demand.py`: files of it that are
-  fetched when they are first read
+- `cache.py`: what is read from URLs, on a local disk, up to a size; `homes.py`: a directory of it, how much
+  it counts for and who uses it; `on_demand.py`: files of it that are fetched when they are first read
 - `inputs.py`: the URLs among a command's flags, replaced by directories of the cache
 """

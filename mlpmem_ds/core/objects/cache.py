@@ -27,13 +27,12 @@ import os
 import secrets
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlpmem_ds.core.claims import ClaimWatch, claim, is_held
-from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.claims import ClaimWatch, claim
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import (
     FileRecord,
     fault_of_content,
@@ -43,15 +42,22 @@ from mlpmem_ds.core.files import (
     require_free_bytes,
     size_in_words,
 )
-from mlpmem_ds.core.host import this_process
-from mlpmem_ds.core.objects import on_demand
-from mlpmem_ds.core.objects.fetch import fetch_file, fetch_files, not_whole, partial_path
+from mlpmem_ds.core.objects import homes, on_demand
+from mlpmem_ds.core.objects.fetch import (
+    HALF,
+    bytes_to_write,
+    fetch_file,
+    fetch_files,
+    not_whole,
+    partial_path,
+)
+from mlpmem_ds.core.objects.homes import Held, Source
 from mlpmem_ds.core.objects.listing import Listing, require_listing
 from mlpmem_ds.core.objects.locks import PathLocks
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.objects.urls import name_of_url
-from mlpmem_ds.core.temporaries import is_given_up, time_of_file_system
-from mlpmem_ds.core.typed_json import from_json, to_json
+from mlpmem_ds.core.temporaries import time_of_file_system
+from mlpmem_ds.core.typed_json import to_json
 from mlpmem_ds.core.waiting import Patience
 
 _logger = logging.getLogger(__name__)
@@ -65,30 +71,6 @@ _SECONDS_BETWEEN_MARKS = 60.0
 _SOURCE, _COMPARED = on_demand.SOURCE, ".compared"
 _IDENTITY = "identity.json"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-_HALF, _DROPPED = ".partial", ".mlpmem-dropped-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a directory of the cache is from. `reserved` bytes that its first fetch takes."""
-
-    url: str
-    name: str
-    patterns: tuple[str, ...]
-    num_files: int
-    num_bytes: int
-    reserved: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A directory of the cache as it is now. `used` in seconds of the clock."""
-
-    home: Path
-    source: Source
-    num_bytes: int
-    used: float
-    is_in_use: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +81,6 @@ class _Droppable:
 
 
 _locks = PathLocks()
-_used_here: defaultdict[Path, int] = defaultdict(int)  # directory → how often this process has it open
-_claims: defaultdict[Path, contextlib.ExitStack] = defaultdict(contextlib.ExitStack)
 
 
 class Cache:
@@ -144,7 +124,7 @@ class Cache:
         root = home / (name_of_url(url) or store.scheme)
         with self._saying_whose():
             with self._one_at_a_time(self.root / ".room.claim"):
-                held.enter_context(_use(home))
+                held.enter_context(homes.use(home))
             start, asked = time.monotonic(), time_of_file_system(home)
             with self._one_at_a_time(home / ".fetch.claim"):
                 source, fetched = self._fill(store, listing, home, root, asked=asked)
@@ -190,13 +170,12 @@ class Cache:
             num_bytes=listing.num_bytes,
             reserved=sum(record.bytes for record in records),
         )
-        needed = sum(record.bytes for record in missing)
-        with self._room_for(needed, what=store.url):
+        with self._room_for(missing, root, what=store.url):
             publish_json(home / _SOURCE, to_json(source), seal=True)
         fetch_files(store, missing, root)
         if not is_compared:  # sizes alone are no comparison, on which those who asked meanwhile may rely
             (home / _COMPARED).touch()
-        return source, needed
+        return source, sum(record.bytes for record in missing)
 
     def _ensure(self, store: Store, record: FileRecord, root: Path, patterns: tuple[str, ...]) -> None:
         """Fetch a file on demand, or note that it was used."""
@@ -208,7 +187,7 @@ class Cache:
         with self._saying_whose(), self._one_at_a_time(path.with_name(f".{path.name}.claim")):
             if not self._is_whole_and_kept(root, record):
                 _warn_of_damage(root, record)
-                with self._room_for(record.bytes, what=f"{store.url}/{record.name}"):
+                with self._room_for([record], root, what=f"{store.url}/{record.name}"):
                     partial_path(path, record).touch()  # its name reserves the room
                 fetch_file(store, record, root)
 
@@ -252,21 +231,24 @@ class Cache:
                 time.sleep(min(patience.pause_seconds, 1.0))
 
     @contextlib.contextmanager
-    def _room_for(self, needed: int, *, what: str) -> Iterator[None]:
-        """Drop what was used longest ago until so many bytes fit; what is reserved inside counts for others.
+    def _room_for(self, records: Sequence[FileRecord], root: Path, *, what: str) -> Iterator[None]:
+        """Drop what was used longest ago until files fit that are to be fetched into `root`; what is reserved
+        inside counts for others. What an earlier fetch has left of the files is not dropped for them.
 
         Raises:
             UserError: they do not fit next to what is in use.
         """
+        needed = sum(record.bytes for record in records)
         if needed == 0:
             yield
             return
         with self._one_at_a_time(self.root / ".room.claim"):
             self._drop_remains()
             held = self.contents()
-            total = sum(each.num_bytes for each in held)
+            total = sum(each.num_bytes for each in held) - homes.counted_already(held, root, records)
+            is_full, spared = total + needed > self.max_bytes, homes.paths_of(root, records)
             asked = time.time()
-            for candidate in self._droppable(held) if total + needed > self.max_bytes else ():
+            for candidate in self._droppable(held, spared) if is_full else ():
                 if candidate.path.is_file() and _was_used_since(candidate.path, asked):
                     continue  # while others were removed
                 _logger.info("dropping %s from the cache", candidate.path.relative_to(self.root))
@@ -280,11 +262,16 @@ class Cache:
                     f" {size_in_words(self.max_bytes)} and has {size_in_words(total)} in use: set {SIZE}"
                     f" higher, or {PLACE} to a larger disk"
                 )
-            require_free_bytes(self.root, needed, what=what, remedy=f"free some space, or set {PLACE}")
+            require_free_bytes(
+                self.root,
+                bytes_to_write(root, records),
+                what=what,
+                remedy=f"free some space, or set {PLACE}",
+            )
             yield
 
-    def _droppable(self, held: list[Held]) -> list[_Droppable]:
-        """What may be dropped, in the order in which it is."""
+    def _droppable(self, held: list[Held], spared: set[Path]) -> list[_Droppable]:
+        """What may be dropped, in the order in which it is; no file that is `spared`."""
         found = [
             _Droppable(used=each.used, num_bytes=each.num_bytes, path=each.home)
             for each in held
@@ -293,95 +280,28 @@ class Cache:
         now = time.time()
         for each in held:
             root = each.home / each.source.name
-            for path in _files_below(root) if each.is_in_use and each.source.patterns else ():
+            for path in homes.files_below(root) if each.is_in_use and each.source.patterns else ():
                 name = path.relative_to(root).as_posix()
-                is_half = path.suffix == _HALF  # of a fetch that was interrupted, if it is that old
-                if not (is_half or on_demand.is_on_demand(name, each.source.patterns)):
+                is_half = path.suffix == HALF  # of a fetch that was interrupted, if it is that old
+                is_candidate = is_half or on_demand.is_on_demand(name, each.source.patterns)
+                if not is_candidate or path in spared:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # finished in this moment
                     if not _was_used_since(path, now - _SECONDS_IN_USE):
                         used = 0.0 if is_half else path.stat().st_atime
-                        found.append(_Droppable(used=used, num_bytes=_bytes_of(path), path=path))
+                        found.append(_Droppable(used=used, num_bytes=homes.bytes_of(path), path=path))
         return sorted(found, key=lambda candidate: candidate.used)
 
     def _drop_remains(self) -> None:
         """Remove directories whose removal or first fetch was interrupted: no process knows them."""
         for home in list(self.root.iterdir()):
-            if _is_remains(home):
+            if homes.is_remains(home):
                 _logger.info("dropping %s from the cache, the rest of an interrupted fetch", home.name)
                 _remove(home)
 
     def contents(self) -> list[Held]:
         """What the cache holds, the latest use first."""
-        found = []
-        for home in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):  # another process drops it in this moment
-                if on_demand.is_home(home) and (source := _source_of(home)) is not None:
-                    found.append(_held(home, source))
-        return sorted(found, key=lambda each: -each.used)
-
-
-@contextlib.contextmanager
-def _use(home: Path) -> Iterator[None]:
-    """Let a directory of the cache be in use, by this process."""
-    home.mkdir(parents=True, exist_ok=True)
-    (home / on_demand.MARK).touch()
-    with contextlib.suppress(FileNotFoundError):
-        os.utime(home / _SOURCE)
-    with _locks.of(home):
-        if _used_here[home] == 0:
-            _claims[home].enter_context(claim(home / f".use-{this_process().name}.claim"))
-        _used_here[home] += 1
-    try:
-        yield
-    finally:
-        with _locks.of(home):
-            _used_here[home] -= 1
-            if _used_here[home] == 0:
-                _claims.pop(home).close()
-
-
-def _held(home: Path, source: Source) -> Held:
-    num_bytes = sum(map(_bytes_of, _files_below(home)))
-    return Held(
-        home=home,
-        source=source,
-        num_bytes=max(num_bytes, source.reserved),
-        used=(home / _SOURCE).stat().st_mtime,
-        is_in_use=_is_in_use(home),
-    )
-
-
-def _is_remains(home: Path) -> bool:
-    """Whether it is the rest of a directory of the cache, by a mark or a name that only the cache gives."""
-    if home.name.startswith(_DROPPED):
-        return True
-    if not on_demand.is_home(home) or _is_in_use(home):
-        return False
-    try:
-        read_sealed_json(home / _SOURCE)
-    except DamagedDataError:  # or none
-        return True
-    return False  # perhaps of a newer version
-
-
-def _is_in_use(home: Path) -> bool:
-    """Whether a process uses it. Of containers that are gone claims are left, which are touched no more."""
-    if _used_here[home] > 0:
-        return True
-    held = [path for path in home.glob(".use-*.claim") if is_held(path)]
-    if not held:
-        return False
-    now = time_of_file_system(home)
-    return not all(is_given_up(path, now=now) for path in held)
-
-
-def _source_of(home: Path) -> Source | None:
-    path = home / _SOURCE
-    try:
-        return from_json(Source, read_sealed_json(path), where=str(path), version=1)
-    except DamagedDataError:  # another program's, or one that is being filled
-        return None
+        return homes.contents(self.root)
 
 
 def _was_compared_since(home: Path, asked: float) -> bool:
@@ -412,25 +332,12 @@ def _format_of(root: Path) -> str:
     return str(read_sealed_json(path).get("format")).removeprefix("mlpmem-") if path.is_file() else ""
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(root):
-        yield from (Path(folder, name) for name in names)
-
-
-def _bytes_of(path: Path) -> int:
-    """Of a file that is being fetched those that it will have."""
-    if path.suffix == _HALF and (size := path.name.split(".")[-2]).isdigit():
-        return int(size)
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _remove(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    if not path.name.startswith(_DROPPED):  # first: half of it is not believed, and the mark is removed too
-        path = path.rename(path.with_name(f"{_DROPPED}{path.name}-{secrets.token_hex(4)}"))
+    if not path.name.startswith(
+        homes.DROPPED
+    ):  # first: half of it is not believed, and the mark is removed too
+        path = path.rename(path.with_name(f"{homes.DROPPED}{path.name}-{secrets.token_hex(4)}"))
     shutil.rmtree(path, ignore_errors=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mlpmem_ds.core import files
 from mlpmem_ds.core.objects.cache import Cache
 from mlpmem_ds.core.objects.contents import directories_in
 from mlpmem_ds.core.objects.push import Push
@@ -68,6 +70,16 @@ def push(root: Path, url: str) -> int:
     """The bytes of its files."""
     Push(directories_in(root)[0], Store(url)).send()
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def flip(path: Path) -> None:
+    """One bit, as a disk does it: no time changes. What this process has compared is forgotten."""
+    state = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    files._compared.clear()
 
 
 def stages(tmp_path: Path, url: str, count: int) -> tuple[list[str], int]:

@@ -19,16 +19,7 @@ from mlpmem_ds.core.temporaries import time_of_file_system
 from mlpmem_ds.formats.corpus import open_corpus
 
 from ..toy_stage import result_of
-
-
-def flip(path: Path) -> None:
-    """One bit, as a disk does it: no time changes. What this process has compared is forgotten."""
-    state = path.stat()
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    files._compared.clear()
+from .conftest import flip
 
 
 @pytest.mark.parametrize("name", ["part-1.npy", "identity.json", "done/2.json", "manifest.json"])

@@ -19,9 +19,131 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.objects import cache as cache_module
 from mlpmem_ds.core.objects import on_demand
 from mlpmem_ds.core.objects.cache import SIZE, Cache
+from mlpmem_ds.core.objects.fetch import partial_path
+from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.formats.corpus import open_corpus
 
-from .conftest import stages
+from .conftest import flip, push, stages
+
+FILES = tuple(f"file-{number}" for number in range(5))
+FILE_BYTES = 10_000
+SLACK_BYTES = 2_000
+"""for what the cache writes next to the files of a mirror, such as claims"""
+
+
+@pytest.fixture
+def files_url(memory_url: str, tmp_path: Path) -> str:
+    """Of five files of the same size."""
+    root = tmp_path / "mirrored" / "files"
+    root.mkdir(parents=True)
+    for number, name in enumerate(FILES):
+        (root / name).write_bytes(bytes([number]) * FILE_BYTES)
+    push(root, memory_url)
+    return memory_url
+
+
+class Interrupted(Store):
+    """Gives the list of a mirror and its first file."""
+
+    def read(self, name: str) -> bytes | None:
+        if name in FILES[1:]:
+            raise KeyboardInterrupt
+        return super().read(name)
+
+
+def interrupt(url: str, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        monkeypatch.context() as patch,
+        contextlib.ExitStack() as held,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        patch.setattr(cache_module, "Store", Interrupted)
+        cache.open(url, held, flag="--keys")
+
+
+def test_an_interrupted_fetch_that_fits_is_gone_on_with(
+    files_url: str,
+    tmp_path: Path,
+    held: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was reserved for it, and halves of its files, are not counted once more."""
+    cache = Cache(tmp_path / "cache", len(FILES) * FILE_BYTES + SLACK_BYTES)
+    interrupt(files_url, cache, monkeypatch)
+    root = cache.open(files_url, held, flag="--keys")
+    assert [(root / name).stat().st_size for name in FILES] == [FILE_BYTES] * len(FILES)
+
+
+def test_an_interrupted_fetch_that_does_not_fit_is_refused_with_what_others_have(
+    files_url: str, tmp_path: Path, held: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path / "cache", len(FILES) * FILE_BYTES + SLACK_BYTES)
+    interrupt(files_url, cache, monkeypatch)
+    cache.max_bytes = (len(FILES) - 1) * FILE_BYTES
+    with pytest.raises(
+        UserError, match=rf"needs 0.04 MB in .* may hold 0.04 MB and has 0.01 MB .*set {SIZE}"
+    ):
+        cache.open(files_url, held, flag="--keys")
+
+
+@pytest.mark.parametrize("damage", ["removed", "flipped"])
+def test_a_damaged_directory_that_fits_is_mended(
+    files_url: str, tmp_path: Path, held: contextlib.ExitStack, damage: str
+) -> None:
+    cache = Cache(tmp_path / "cache", len(FILES) * FILE_BYTES + SLACK_BYTES)
+    with contextlib.ExitStack() as first:
+        root = cache.open(files_url, first, flag="--keys")
+    for name in FILES:
+        if damage == "removed":
+            (root / name).unlink()
+        else:
+            flip(root / name)
+    cache.open(files_url, held, flag="--keys")
+    assert [(root / name).read_bytes()[-1] for name in FILES] == list(range(len(FILES)))
+
+
+@pytest.mark.parametrize("left", ["half", "old half", "damaged"])
+def test_a_shard_of_which_something_is_left_needs_room_once(
+    corpus_copy: Path, cache: Cache, caplog: pytest.LogCaptureFixture, left: str
+) -> None:
+    """Nor is what is left dropped for it: it is gone on with."""
+    corpus = open_corpus(corpus_copy, "test")
+    tokens = np.array(corpus.tokens(0, corpus.num_tokens))
+    (shard,) = corpus_copy.glob("test/tokens-*.bin")
+    if left == "damaged":
+        flip(shard)
+    else:
+        half = partial_path(shard, files.record_file(shard.parent, shard.name))
+        half.write_bytes(shard.read_bytes()[:10])
+        shard.unlink()
+        if left == "old half":
+            os.utime(half, (time.time() - 3600,) * 2)
+    cache.max_bytes = cache.contents()[0].num_bytes + 100
+    with caplog.at_level("INFO"):
+        np.testing.assert_array_equal(open_corpus(corpus_copy, "test").tokens(0, corpus.num_tokens), tokens)
+    assert "dropping" not in caplog.text
+
+
+def test_what_an_interrupted_fetch_has_left_needs_no_more_of_the_disk(
+    files_url: str, tmp_path: Path, held: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path / "cache", 10**9)
+    with contextlib.ExitStack() as first:
+        root = cache.open(files_url, first, flag="--keys")
+    for name in FILES[1:]:
+        os.replace(root / name, partial_path(root / name, files.record_file(root, name)))
+    partial_path(root / FILES[1], files.record_file(tmp_path / "mirrored/files", FILES[1])).write_bytes(b"1")
+
+    def with_free(num_bytes: int) -> None:
+        free = shutil.disk_usage(tmp_path)._replace(free=num_bytes)
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda _: free)
+
+    with_free(FILE_BYTES - 2)
+    with pytest.raises(UserError, match=r"need 9999 bytes, and .* has 9998 bytes free"):
+        cache.open(files_url, held, flag="--keys")
+    monkeypatch.undo()
+    with_free(FILE_BYTES - 1)
+    cache.open(files_url, held, flag="--keys")
 
 
 def test_what_interrupted_fetches_and_removals_have_left_is_dropped(corpus_copy: Path, cache: Cache) -> None:
@@ -132,24 +254,6 @@ def test_a_container_that_is_gone_uses_nothing(
     assert not root.exists()
 
 
-def test_what_another_process_drops_in_this_moment_is_passed_over(
-    memory_url: str, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (one, two), _ = stages(tmp_path, memory_url, 2)
-    with contextlib.ExitStack() as held:
-        roots = [cache.open(url, held, flag="--keys") for url in (one, two)]
-    source_of = cache_module._source_of
-
-    def and_drop(home: Path) -> cache_module.Source | None:
-        source = source_of(home)
-        if home == roots[0].parent:
-            shutil.rmtree(home)
-        return source
-
-    monkeypatch.setattr(cache_module, "_source_of", and_drop)
-    assert [content.source.url for content in cache.contents()] == [two]
-
-
 def test_shards_not_read_for_long_are_dropped_from_a_directory_in_use(
     corpus_copy: Path, cache: Cache
 ) -> None:
@@ -181,7 +285,8 @@ def test_a_shard_that_is_read_while_others_are_dropped_is_kept(
         os.utime(read, (time.time() + 1, 1))
 
     monkeypatch.setattr(cache_module, "_remove", and_read)
-    with pytest.raises(UserError, match="in use"), cache._room_for(cache.max_bytes, what="all"):
+    all_room = files.FileRecord(name="all", bytes=cache.max_bytes, sha256="0" * 64)
+    with pytest.raises(UserError, match="in use"), cache._room_for([all_room], corpus_copy, what="all"):
         pass
     assert not dropped.exists() and read.exists()
 
