@@ -42,6 +42,7 @@ from mlpmem_ds.core.files import (
     require_free_bytes,
     size_in_words,
 )
+from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.objects import homes, on_demand
 from mlpmem_ds.core.objects.fetch import (
     HALF,
@@ -328,8 +329,10 @@ def _warn_of_damage(root: Path, record: FileRecord) -> None:
 
 
 def _format_of(root: Path) -> str:
-    path = root / _IDENTITY
-    return str(read_sealed_json(path).get("format")).removeprefix("mlpmem-") if path.is_file() else ""
+    """Of a stage of ours, such as "corpus"; "" of any other directory."""
+    if not is_own_directory(root, _IDENTITY):
+        return ""
+    return str(read_sealed_json(root / _IDENTITY)["format"]).removeprefix("mlpmem-")
 
 
 def _remove(path: Path) -> None:

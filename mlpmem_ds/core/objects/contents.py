@@ -2,7 +2,7 @@
 
 A run directory holds several directories that are mirrored one by one: stages (identity.json), exports
 (mlpmem_export.json) and, where asked for, a training's checkpoints (manifest.json without an identity). Any
-other directory, such as a Hugging Face model, is mirrored as it is.
+other directory, such as a Hugging Face model, is mirrored as it is, also where it has files of such names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mlpmem_ds.core.directories import folders_with
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.file_lists import files_of, records_in
 from mlpmem_ds.core.files import FileRecord, content_hash, read_sealed_json, record_file, sha256_of_file
+from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.objects.listing import LAST_FILES
 from mlpmem_ds.core.typed_json import to_json
 
@@ -132,9 +133,11 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
 
 
 def _kind_of(root: Path) -> Kind | None:
-    if (root / IDENTITY).is_file():
-        return "stage"
-    return "listed" if any((root / name).is_file() for name in LAST_FILES) else None
+    """None where no file says that it is ours: models, pages and data sets have a `manifest.json` too. One that
+    says so is enough: a stage with a damaged identity is not sent as a directory of another program."""
+    if not ((root / EXPORT).is_file() or any(is_own_directory(root, name) for name in (IDENTITY, MANIFEST))):
+        return None
+    return "stage" if (root / IDENTITY).is_file() else "listed"
 
 
 def _leads_back(folder: Path, root: Path) -> bool:

@@ -96,6 +96,22 @@ def test_half_a_fetch_is_gone_on_with(stage_url: str, stage_dir: Path, cache: Ca
         assert result_of(cache.open(stage_url, held, flag="--keys")) == result_of(stage_dir)
 
 
+@pytest.mark.parametrize("content", ['{"format": "corpus"}', "// no JSON"])
+def test_an_identity_of_another_program_is_a_file_as_any_other(
+    memory_url: str, tmp_path: Path, cache: Cache, held: contextlib.ExitStack, content: str
+) -> None:
+    """It does not say which files are fetched on demand."""
+    root = tmp_path / "model"
+    (root / "train").mkdir(parents=True)
+    for name in ("identity.json", "manifest.json", "train/tokens-0.bin"):
+        (root / name).write_text(content)
+    push(root, memory_url)
+    copy = cache.open(memory_url, held, flag="--base")
+    assert not on_demand.is_fetched_on_demand(copy)
+    for name in ("identity.json", "manifest.json", "train/tokens-0.bin"):
+        assert (copy / name).read_text() == content
+
+
 def test_place_and_size_are_from_the_environment(tmp_path: Path) -> None:
     cache = Cache.from_environment({PLACE: str(tmp_path), SIZE: "2e9"})
     assert (cache.root, cache.max_bytes) == (tmp_path, 2 * 10**9)

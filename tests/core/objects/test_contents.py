@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import content_hash, publish_json, read_sealed_json, record_file
 from mlpmem_ds.core.objects.contents import directories_in, is_for_people
 
@@ -45,8 +45,8 @@ def test_the_directories_of_a_run_are_mirrored_one_by_one(stage_dir: Path, tmp_p
     (run / "export").mkdir()
     step = run / "memory/checkpoints/step-00000010"
     step.mkdir(parents=True)
-    publish_json(run / "export" / "mlpmem_export.json", {"files": []}, seal=True)
-    publish_json(step / "manifest.json", {"files": []}, seal=True)
+    publish_json(run / "export" / "mlpmem_export.json", {"format": "mlpmem-export", "files": []}, seal=True)
+    publish_json(step / "manifest.json", {"format": "mlpmem-checkpoint", "files": []}, seal=True)
     (run / ".export.n7.0123456789ab.12-345.partial").mkdir()  # a conversion is at work
     publish_json(run / ".export.n7.0123456789ab.12-345.partial" / "identity.json", {})
     (run / "notes").mkdir()
@@ -66,6 +66,46 @@ def test_any_other_directory_is_one_and_known_by_its_content(tmp_path: Path) -> 
     assert directory.kind == "plain" and directory.names() == ["config.json"] and directory.is_complete
     (root / "config.json").write_text("[]")
     assert directory.of() != of
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "identity.json"])
+@pytest.mark.parametrize("content", ['{"format": "webmanifest"}', "[1]", "// no JSON"])
+def test_a_file_of_our_name_makes_no_directory_ours(tmp_path: Path, name: str, content: str) -> None:
+    """Of a model, a page or a data set, alone or next to a stage."""
+    root = tmp_path / "run" / "model"
+    root.mkdir(parents=True)
+    (root / name).write_text(content)
+    (root / "weights").write_text("weights")
+    (directory,) = directories_in(root)
+    assert directory.kind == "plain" and directory.is_complete
+    assert directory.names() == sorted([name, "weights"], key=lambda each: each == "manifest.json")
+    assert directory.recorded() == {}
+    (whole,) = directories_in(root.parent)
+    assert whole.kind == "plain" and set(whole.names()) == {f"model/{name}", "model/weights"}
+    (root.parent / "keys").mkdir()
+    publish_json(root.parent / "keys" / "identity.json", {"format": "mlpmem-keys"}, seal=True)
+    assert [found.name for found in directories_in(root.parent)] == ["keys"]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": "mlpmem-toy"}'])
+def test_a_stage_whose_identity_is_damaged_is_not_taken_for_another_directory(
+    stage_dir: Path, content: str
+) -> None:
+    (stage_dir / "identity.json").write_text(content)
+    (directory,) = directories_in(stage_dir)
+    assert directory.kind == "stage"
+    with pytest.raises(DamagedDataError, match=r"identity\.json is "):
+        directory.of()
+
+
+def test_an_export_is_ours_by_a_name_that_no_other_program_gives(tmp_path: Path) -> None:
+    """Also where its list is damaged, and next to a manifest of the base's."""
+    (tmp_path / "mlpmem_export.json").write_text("{")
+    (tmp_path / "manifest.json").write_text("{}")
+    (directory,) = directories_in(tmp_path)
+    assert directory.kind == "listed"
+    with pytest.raises(DamagedDataError, match=r"mlpmem_export\.json is not valid JSON"):
+        directory.recorded()
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:

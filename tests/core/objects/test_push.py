@@ -114,6 +114,20 @@ def test_other_bytes_of_the_same_flags_are_refused(memory_url: str, stage_dir: P
         push.send()
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "identity.json"])
+def test_a_directory_with_a_file_of_our_name_is_mirrored_as_it_is(
+    memory_url: str, tmp_path: Path, name: str
+) -> None:
+    root = tmp_path / "model"
+    root.mkdir()
+    for each in (name, "weights"):
+        (root / each).write_text('{"name": "a page"}')
+    assert Push(directory_of(root), Store(memory_url)).send().is_whole
+    pull(Store(memory_url), tmp_path / "copy", flag="SOURCE")
+    assert result_of(tmp_path / "copy") == result_of(root)
+    assert verify(Store(memory_url), flag="SOURCE").faults == ()
+
+
 def test_a_damaged_file_is_not_sent(memory_url: str, stage_dir: Path) -> None:
     path = stage_dir / "part-1.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"X")
