@@ -133,8 +133,8 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
 
 
 def _kind_of(root: Path) -> Kind | None:
-    """None where no file says that it is ours: models, pages and data sets have a `manifest.json` too. One that
-    says so is enough: a stage with a damaged identity is not sent as a directory of another program."""
+    """None where no file says that it is ours: models, pages and data sets have a `manifest.json` too. One
+    that says so is enough: a stage with a damaged identity is not sent as a directory of another program."""
     if not ((root / EXPORT).is_file() or any(is_own_directory(root, name) for name in (IDENTITY, MANIFEST))):
         return None
     return "stage" if (root / IDENTITY).is_file() else "listed"
