@@ -94,6 +94,8 @@ def resolve_ds_config(
 ) -> dict[str, Any]:
     """Read a DeepSpeed JSON strictly, put our numbers where it says "auto", and let DeepSpeed check the rest.
 
+    What DeepSpeed reads from its sections replaces what they say: see `_checked_sections`.
+
     Args:
         path: the file.
         batch: global batch, in the unit of the micro-batch (positions, or sequences).
@@ -129,8 +131,8 @@ def resolve_ds_config(
             f"is for {', '.join(_OWNED)})"
         )
     import_deepspeed()
-    _check_sections(path, resolved)
-    _check_nodes(path, resolved, world_size)
+    resolved |= _checked_sections(path, resolved)
+    _check_places(path, resolved, world_size)
     return resolved
 
 
@@ -211,35 +213,46 @@ def _find_auto(value: Any, place: str = "") -> Iterator[str]:
         yield place
 
 
-def _check_sections(path: Path, config: Mapping[str, Any]) -> None:
-    """Let DeepSpeed check the sections' keys and values now, before anything is written."""
+def _checked_sections(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections as DeepSpeed takes them, checked by its own classes before anything is written.
+
+    It takes "8" for 8, "false" for False, `cpu_offload` for a section of its own and null for a key that is
+    left out. Who reads the resolved configuration gets what it makes of them, and no other idea of them.
+    """
+    checked = {}
     for name, module, model in (
         ("zero_optimization", "runtime.zero.config", "DeepSpeedZeroConfig"),
         ("bf16", "runtime.precision_config", "DeepSpeedBF16Config"),
     ):
-        section = config.get(name, {})
+        if name not in config:
+            continue
+        section = config[name]
         if not isinstance(section, dict):
             raise UserError(f"{path}: {name} must be an object, not {section!r}")
         try:
-            getattr(import_part(module), model)(**section)
+            values = getattr(import_part(module), model)(**section)
         except Exception as error:  # pydantic's own family, which is known only where pydantic is imported
             lines = [line.strip() for line in str(error).split("\n")]
             raise UserError(
                 f"{path}: {name} is not valid: {'; '.join(lines[1:3]) or error}. Mend or remove the key"
             ) from error
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device") == "nvme":
-        _check_nvme(path, offload)
+        checked[name] = values.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    return checked
 
 
-def _check_nodes(path: Path, config: Mapping[str, Any], world_size: int) -> None:
-    """Shards inside a node need whole nodes; a world that is smaller than one is a node of its own."""
-    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-    if size < world_size and world_size % size:
+def _check_places(path: Path, config: Mapping[str, Any], world_size: int) -> None:
+    """Shards inside a node need whole nodes, and an offload to NVMe what it is made with; a world that is
+    smaller than a node is one of its own."""
+    zero = config.get("zero_optimization", {})
+    size = zero.get("zero_hpz_partition_size", 1)  # 0 and 1: none
+    if 1 < size < world_size and world_size % size:
         raise UserError(
             f"{path}: zero_hpz_partition_size {size} does not divide the {world_size} ranks: give it the"
             " number of GPUs of a node, or use ds_configs/zero3.json"
         )
+    offload = zero.get("offload_optimizer", {})
+    if offload.get("device") == "nvme":
+        _check_nvme(path, offload)
 
 
 def _check_nvme(path: Path, offload: Mapping[str, Any]) -> None:
@@ -255,13 +268,20 @@ def _check_nvme(path: Path, offload: Mapping[str, Any]) -> None:
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
-    """0 to 3."""
+    """0 to 3, of a resolved configuration."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of weights and activations: bfloat16 where the file enables bf16, else float32."""
+    """The dtype of weights and activations: bfloat16 where a resolved configuration enables bf16, else
+    float32."""
     return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else torch.float32
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether a resolved configuration keeps the optimizer's state outside the GPU, in memory or on NVMe."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    return bool(offload.get("device", "none") != "none")
 
 
 def micro_batches_per_step(config: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.checkpoints import find_checkpoint, save_checkpoint
-from mlpmem_ds.engines.deepspeed.config import compute_dtype, zero_stage
+from mlpmem_ds.engines.deepspeed.config import compute_dtype, offloads_optimizer, zero_stage
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, silenced
 from mlpmem_ds.engines.deepspeed.saved_shards import refuse_foreign_code
 from mlpmem_ds.engines.deepspeed.zero_state import (
@@ -394,10 +394,7 @@ def _make_optimizer(
         {"params": [p for p in parameters if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    offloads = (
-        config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    )
-    if offloads and config.get("zero_force_ds_cpu_optimizer", True):
+    if offloads_optimizer(config) and config.get("zero_force_ds_cpu_optimizer", True):
         adam = import_part("ops.adam").DeepSpeedCPUAdam
         optimizer: torch.optim.Optimizer = adam(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon)
         return optimizer

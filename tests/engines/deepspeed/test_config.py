@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
+from mlpmem_ds.engines.deepspeed.config import compute_dtype, resolve_ds_config, zero_stage
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHIPPED = sorted(path for path in (REPOSITORY / "ds_configs").glob("*.json"))
@@ -53,6 +55,52 @@ def test_shards_inside_a_node_need_whole_nodes():
     assert resolve(path, world_size=16, batch=2048)
     with pytest.raises(UserError, match="zero_hpz_partition_size 8 does not divide .* 12 ranks"):
         resolve(path, world_size=12, batch=2400)
+
+
+@pytest.mark.parametrize(
+    ("zero", "world_size", "size"),
+    [('"8"', 16, 8), ("8.0", 16, 8), ("0", 12, 0), ("1", 12, 1)],
+)
+def test_sizes_of_nodes_are_read_as_deepspeed_reads_them(tmp_path, zero, world_size, size):
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"zero_optimization": {{"stage": 3, "zero_hpz_partition_size": {zero}}}}}')
+    config = resolve(path, world_size=world_size, batch=2400)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == size
+    path.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "8"}}')
+    with pytest.raises(UserError, match="zero_hpz_partition_size 8 does not divide .* 12 ranks"):
+        resolve(path, world_size=12, batch=2400)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "stage"),
+    [
+        ('{"bf16": {"enabled": "false"}}', torch.float32, 0),
+        ('{"bf16": {"enabled": 0}, "zero_optimization": {"stage": "2"}}', torch.float32, 2),
+        ('{"bf16": {"enabled": "on"}, "zero_optimization": {"stage": true}}', torch.bfloat16, 1),
+        ('{"bf16": {"enabled": true}}', torch.bfloat16, 0),
+    ],
+)
+def test_values_are_what_deepspeed_takes_them_for(tmp_path, text, dtype, stage):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    config = resolve(path)
+    assert (compute_dtype(config), zero_stage(config)) == (dtype, stage)
+
+
+def test_deepspeed_reads_a_resolved_file_as_it_reads_the_file(tmp_path):
+    """Ours are its values, so what it makes of them must be what it makes of the file."""
+    import_deepspeed()
+    model = import_part("runtime.zero.config").DeepSpeedZeroConfig
+    path = tmp_path / "config.json"
+    for shipped in SHIPPED:
+        if shipped.stem != "zero3_nvme":
+            section = json.loads(shipped.read_text()).get("zero_optimization", {})
+            assert model(**resolve(shipped).get("zero_optimization", {})) == model(**section)
+    former = {"stage": 2, "cpu_offload": True, "cpu_offload_use_pin_memory": False}
+    path.write_text(json.dumps({"zero_optimization": former}))
+    resolved = resolve(path)["zero_optimization"]
+    assert resolved["offload_optimizer"]["device"] == "cpu"
+    assert model(**resolved).offload_optimizer == model(**former).offload_optimizer
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,19 @@ def test_initial_weights_are_right_at_every_stage(tmp_path, forked_commands):
     """zero.Init cuts a parameter as soon as its module is made: an initialization from outside would miss
     it."""
     files = {}
-    for stage, bf16 in ((0, False), (2, True), (3, False), (3, True)):
+    for stage, bf16, zero in (
+        (0, False, {}),
+        (2, True, {}),
+        (3, False, {"offload_optimizer": None}),
+        (3, True, {}),
+    ):
         path = tmp_path / f"stage{stage}{bf16}.json"
         path.write_text(
             json.dumps(
                 {
                     "bf16": {"enabled": bf16},
                     "zero_allow_untested_optimizer": True,
-                    "zero_optimization": {"stage": stage},
+                    "zero_optimization": {"stage": stage, **zero},
                 }
             )
         )
