@@ -2,13 +2,15 @@
 
 The first look at a stage lists the folders of its records once, because a line may have been lost in a crash;
 all later looks read what was added to the logs. So a look costs as much as there is new, and never as many
-operations as there are units. Rates come from the times of one rank's own events: clocks of hosts are not
-compared, except for the time since a rank's last sign of life.
+operations as there are units. Rates come from the times of one rank's own events. Clocks of hosts are
+compared for the time since a rank's last sign of life, and where a job moved to other hosts: which of a
+rank's starts is the latest, and which log's lines came first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import statistics
 import time
@@ -22,6 +24,7 @@ from mlpmem_ds.core.claims import has_ended, is_of_this_machine
 from mlpmem_ds.core.errors import LOST_RANK, DamagedDataError
 from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import read_sealed_json
+from mlpmem_ds.core.log import is_event
 from mlpmem_ds.formats.checkpoint import list_checkpoints, read_checkpoint
 from mlpmem_ds.stages.inspection.tail import LineTail
 
@@ -106,6 +109,7 @@ class _Rank:
 
     rank: int
     process: str
+    world: int
     started: float
     last: float
     units: int = 0
@@ -152,8 +156,9 @@ class StageWatch:
         """Nothing is known but the records."""
         self._units = set(_recorded(self.root / "done"))
         self._bytes_of: dict[str, int] = {}
-        self._ranks: dict[int, _Rank] = {}
-        self._world, self._of, self._num_steps = 1, "units", 0
+        self._ranks: dict[int, _Rank] = {}  # the latest start of each
+        self._starts: dict[tuple[str, int], _Rank] = {}  # of each in each log: its next lines are this one's
+        self._of, self._num_steps = "units", 0
         self._steps: deque[tuple[int, float]] = deque(maxlen=_NUM_RECENT)
         self._error: LastError | None = None
         self._started: float | None = None
@@ -176,15 +181,16 @@ class StageWatch:
 
     def look(self) -> StageProgress:
         """One open a log, and one question for the manifest."""
-        found = [tail.read() for tail in self._tails.values()]
-        if any(is_anew for _, is_anew in found):  # the directory was removed, and begun again
+        found = {name: tail.read() for name, tail in self._tails.items()}
+        if any(is_anew for _, is_anew in found.values()):  # the directory was removed, and begun again
             self._begin()
             self._tails = {name: LineTail(self.root / name) for name in self._tails}
-            found = [tail.read() for tail in self._tails.values()]
-        for events, _ in found:
-            for event in events:
-                with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that no stage wrote
-                    self._apply(event)
+            found = {name: tail.read() for name, tail in self._tails.items()}
+        logs = [[(line, name) for line in filter(is_event, lines)] for name, (lines, _) in found.items()]
+        # Each log in its own order, and what several hosts wrote by time.
+        for event, log in heapq.merge(*logs, key=lambda one: float(one[0]["time"])):
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that no stage wrote
+                self._apply(event, log)
         was_complete, self._is_complete = self._is_complete, (self.root / "manifest.json").is_file()
         if self._is_complete and not was_complete:
             self._stored_bytes = _bytes_of_manifest(self.root)
@@ -195,21 +201,28 @@ class StageWatch:
                 self._checkpoint_bytes = _bytes_of_checkpoints(self.root / "checkpoints")
         return self._progress(time.time())
 
-    def _apply(self, event: Mapping[str, Any]) -> None:
+    def _apply(self, event: Mapping[str, Any], log: str) -> None:
         kind, moment, number = str(event["event"]), float(event["time"]), int(event["rank"])
         if kind == "started":
-            process = str(event.get("process", ""))
-            self._ranks[number] = _Rank(rank=number, process=process, started=moment, last=moment)
-            self._world = int(event["world"])
+            rank = _Rank(
+                rank=number,
+                process=str(event.get("process", "")),
+                world=int(event["world"]),
+                started=moment,
+                last=moment,
+            )
+            self._starts[log, number] = rank
+            if number not in self._ranks or moment >= self._ranks[number].started:
+                self._ranks[number] = rank
             self._started = moment if self._started is None else min(self._started, moment)
         elif kind == "discarded":
             for unit in event["units"]:
                 self._units.discard(unit)
                 self._bytes_of.pop(unit, None)
             return
-        rank = self._ranks.get(number)
-        if rank is None:
+        if (log, number) not in self._starts:
             return
+        rank = self._starts[log, number]
         rank.last = moment
         if kind == "phase":
             rank.times.clear()
@@ -231,7 +244,8 @@ class StageWatch:
         elif kind == "ended":
             code = int(event["code"])
             rank.state = "stopped" if code in _INTERRUPTED else "failed"
-            if rank.state == "failed" and not (code == LOST_RANK and self._has_cause()):
+            is_latest = rank is self._ranks[number]
+            if rank.state == "failed" and is_latest and not (code == LOST_RANK and self._has_cause()):
                 self._error = LastError(time=moment, rank=number, code=code, message=str(event["message"]))
         elif kind == "checkpoint":
             self._has_new_checkpoint = True
@@ -257,7 +271,8 @@ class StageWatch:
                     rank.last = max(rank.last, moment)
 
     def _progress(self, now: float) -> StageProgress:
-        alive = [rank for number, rank in sorted(self._ranks.items()) if number < self._world]
+        world = max(((rank.started, rank.world) for rank in self._ranks.values()), default=(0.0, 1))[1]
+        alive = [rank for number, rank in sorted(self._ranks.items()) if number < world]
         ranks = tuple(rank.progress(now) for rank in alive)
         state = self._state(ranks)
         at_work = [rank for rank in ranks if rank.state == "working"]

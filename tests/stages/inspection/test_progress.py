@@ -179,6 +179,54 @@ def test_logs_of_other_hosts_are_found_and_a_directory_begun_anew_is_read_anew(t
     assert (again.done, again.total, len(again.ranks)) == (0, 5, 1)
 
 
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_ranks_are_those_of_the_latest_start_on_whichever_hosts(tmp_path: Path, is_swapped: bool) -> None:
+    """Rank 1 was on n7 and is here since, or the other way round: each host has a log, read in any order."""
+    processes = [ALIVE, ELSEWHERE] if is_swapped else [ELSEWHERE, ALIVE]
+    former = [started(900, 1, 3, processes[0]), phase(9, 9, 1), *units(["a", "b"], 5, last=700, rank=1)]
+    former += [event("ended", 600, rank=1, code=143, message="m")]
+    latest = [started(90, 1, 2, processes[1]), event("phase", 80, 1, of="units", count=9, missing=7)]
+    latest += units(["c"], 5, last=9, rank=1)
+    look(tmp_path, started(900, 0, 3), started(90, 0, 2), *(former if is_swapped else latest))
+    others = latest if is_swapped else former
+    found = look(tmp_path, *others, log="log-n7-b.jsonl")
+    assert [(rank.rank, rank.host) for rank in found.ranks] == [
+        (0, ALIVE.split()[0]),
+        (1, processes[1].split()[0]),
+    ]
+    assert (found.ranks[1].state, found.ranks[1].units, found.done) == ("working", 1, 3)
+    assert found.ranks[1].seconds_since_sign == pytest.approx(9, abs=5) and found.state == "working"
+
+
+def test_a_log_that_is_found_late_changes_nothing_of_the_latest_start(tmp_path: Path) -> None:
+    look(tmp_path, started(90, 0, 2), phase(9, 9), started(90, 1, 2), phase(9, 9, 1))
+    watch = StageWatch(tmp_path, "toy")
+    watch.open_logs()
+    before = watch.look()
+    logs = [started(900, 1, 3, ELSEWHERE), phase(9, 9, 1), event("ended", 600, 1, code=2, message="m")]
+    (tmp_path / "log-n7-b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs))
+    watch.open_logs()
+    after = watch.look()
+    assert [(rank.rank, rank.host, rank.state) for rank in after.ranks] == [
+        (rank.rank, rank.host, rank.state) for rank in before.ranks
+    ]
+    assert after.error is None and after.state == "working" and after.started is not None
+    assert after.started < time.time() - 800
+
+
+@pytest.mark.parametrize("logs", [("log.jsonl", "log-n7-b.jsonl"), ("log-n7-b.jsonl", "log.jsonl")])
+def test_what_hosts_did_to_one_stage_is_read_in_the_order_of_time(
+    tmp_path: Path, logs: tuple[str, str]
+) -> None:
+    """A unit was made on one host and discarded on the other, after an error that was overcome."""
+    n7 = [started(900, 1, 2, ELSEWHERE), *units(["a"], 5, last=800, rank=1)]
+    n7 += [event("ended", 700, 1, code=2, message="the disk is full")]
+    look(tmp_path, *n7, log=logs[0])
+    here = [started(900, 0, 2), event("discarded", 600, units=["a"]), started(90)]
+    found = look(tmp_path, *here, event("complete", 80, manifest="0"), log=logs[1])
+    assert (found.done, found.error) == (0, None)
+
+
 def test_a_real_stage_from_start_to_end(tmp_path: Path) -> None:
     config = toy_stage.Config(output=tmp_path / "toy")
     with pytest.raises(RuntimeError):
