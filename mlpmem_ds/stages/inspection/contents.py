@@ -95,6 +95,21 @@ class StageState:
         }
 
 
+def find_directories(run: Path) -> tuple[list[Path], list[Path]]:
+    """(stages, exports) at or below `run`, each in the order of the paths.
+
+    Raises:
+        OSError: a folder cannot be read; one of them may lie there.
+    """
+    folders = dict(sorted(folders_with(run, MARKS_OF_OURS)))
+    stages = [
+        folder
+        for folder, names in folders.items()
+        if "identity.json" in names or ("manifest.json" in names and (folder / "done").is_dir())
+    ]
+    return stages, [folder for folder, names in folders.items() if EXPORT_FILE in names]
+
+
 def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[StageState]:
     """Everything of ours at or below `run`, in the order of the paths.
 
@@ -103,18 +118,13 @@ def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[
         checksums: read every file; if False, compare sizes only.
         threads: that read and hash at once; default: one a core, at most eight.
     """
-    folders = dict(folders_with(run, MARKS_OF_OURS))
-    roots = {
-        folder
-        for folder, names in folders.items()
-        if "identity.json" in names or ("manifest.json" in names and (folder / "done").is_dir())
-    }
-    states = [_read_stage(run, root) for root in sorted(roots)]
+    stages, exports = find_directories(run)
+    states = [_read_stage(run, root) for root in stages]
     for owner in [run, *(state.root for state in states)]:
         states += [_read_checkpoint(run, path) for path in sorted(list_checkpoints(owner / "checkpoints"))]
     if run.name.startswith("step-") and (run / "manifest.json").is_file():
         states.append(_read_checkpoint(run, run))
-    states += [_read_export(run, folder) for folder in sorted(folders) if EXPORT_FILE in folders[folder]]
+    states += [_read_export(run, root) for root in exports]
     states = sorted({state.root: state for state in states}.values(), key=lambda state: state.root)
     states = [replace(state, missing=_missing_units(state, states)) for state in states]
     return _check_files(states, checksums=checksums, threads=threads or min(8, os.cpu_count() or 1))

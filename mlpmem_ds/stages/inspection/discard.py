@@ -267,8 +267,7 @@ def _refuse_live_processes(places: Sequence[Made], watch: ClaimWatch) -> None:
         UserError: a process is at work in one of the directories, or may be.
     """
     for made in places:
-        if (made.root / "identity.json").is_file():
-            _refuse_started(made)
+        _refuse_started(made)
     start = time.monotonic()
     pending = [path for made in places for path in _claims(made.root)]
     while pending:

@@ -17,8 +17,8 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import read_json_object, sha256_of_file
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.formats.evaluation import EVALUATION_NAME
-from mlpmem_ds.stages.inspection.contents import EXPORT_FILE
-from mlpmem_ds.stages.inspection.watch import name_of, stage_roots
+from mlpmem_ds.stages.inspection.contents import EXPORT_FILE, find_directories
+from mlpmem_ds.stages.inspection.watch import name_of
 
 INPUTS = frozenset(
     {
@@ -84,10 +84,9 @@ class Made:
 
 
 def read_made(run: Path) -> list[Made]:
-    """Every stage and export at or below `run`."""
-    stages = [_read_stage(run, root) for root in sorted(stage_roots(run))]
-    exports = [_read_export(run, root) for root in sorted(_export_roots(run))]
-    return stages + exports
+    """Every stage and export at or below `run`: those that `contents.read_run` finds."""
+    stages, exports = find_directories(run)
+    return [_read_stage(run, root) for root in stages] + [_read_export(run, root) for root in exports]
 
 
 def dependents_of(made: Made, among: Sequence[Made]) -> list[Made]:
@@ -131,12 +130,6 @@ def _read_export(run: Path, root: Path) -> Made:
         inputs=frozenset(_texts(_read(root / EXPORT_FILE).get("inputs"))),
         paths=frozenset(),
     )
-
-
-def _export_roots(run: Path) -> Iterator[Path]:
-    for folder in (run, *(path for path in run.iterdir() if path.is_dir())):
-        if (folder / EXPORT_FILE).is_file():
-            yield folder
 
 
 def _hash_of(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from mlpmem_ds import commands
 from mlpmem_ds.core.config import option
 from mlpmem_ds.core.files import publish_json, sha256_of_file
 from mlpmem_ds.core.world import World
+from mlpmem_ds.stages.inspection.contents import read_run
 from mlpmem_ds.stages.inspection.origins import INPUTS, dependents_of, read_made
 
 from ...core import toy_stage
@@ -53,6 +54,21 @@ def test_what_was_made_from_what_by_manifests_and_by_paths(
     assert names_from(run, "export") == []
     monkeypatch.chdir("/")
     assert names_from(run, "base") == [*after_keys, "keys"]  # as seen from where the run directory lies
+
+
+def test_what_lies_deep_is_found_as_inspect_run_finds_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    memory = make(run / "memory")
+    report = make(run / "of" / "two" / "texts" / "and" / "seeds" / "report", source=memory)
+    export = run / "exports" / "v1"
+    export.mkdir(parents=True)
+    inputs = {"memory": sha256_of_file(memory / "manifest.json")}
+    publish_json(export / "mlpmem_export.json", {"inputs": inputs, "files": []}, seal=True)
+    (run / "latest").symlink_to(report)
+    found = {state.name for state in read_run(run, checksums=False)}
+    assert found == {one.name for one in read_made(run)}
+    assert found == {"memory", "of/two/texts/and/seeds/report", "exports/v1"}
+    assert set(names_from(run, "memory")) == found - {"memory"}
 
 
 def test_a_stage_without_its_manifest_is_known_by_its_log(tmp_path: Path) -> None:
