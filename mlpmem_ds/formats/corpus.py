@@ -179,6 +179,13 @@ class CorpusManifest(Manifest):
     near_duplicates: NearDuplicates | None = None
     counts: Counts = "all"
 
+    def num_counted(self, split: str) -> int:
+        """Positions of a split whose values count: all, or those of answers; 0 where it has no such split."""
+        if split not in self.splits:
+            return 0
+        found = self.splits[split]
+        return found.num_answers if self.counts == "answers" else max(0, found.num_tokens - 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSplit(CompleteStage[CorpusManifest]):
@@ -201,7 +208,7 @@ class CorpusSplit(CompleteStage[CorpusManifest]):
     @property
     def num_counted(self) -> int:
         """Positions whose values count: all, or those of answers."""
-        return self._split.num_answers if self.has_answers else self.num_positions
+        return self.manifest.num_counted(self.name)
 
     @property
     def num_bytes(self) -> int:

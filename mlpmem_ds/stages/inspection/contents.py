@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlpmem_ds.core.blocks import split_blocks
 from mlpmem_ds.core.config import default_values
 from mlpmem_ds.core.directories import folders_with
 from mlpmem_ds.core.errors import DamagedDataError, UserError
@@ -22,10 +21,9 @@ from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.core.manifest import MARKS_OF_OURS
 from mlpmem_ds.formats.checkpoint import list_checkpoints
-from mlpmem_ds.formats.corpus import num_tokens_of_splits
-from mlpmem_ds.formats.keys import unit_name
+from mlpmem_ds.formats.corpus import read_corpus_manifest
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
-from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS
+from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS, blocks_of_units
 
 EXPORT_FILE = "mlpmem_export.json"
 Kind = Literal["stage", "checkpoint", "export"]
@@ -293,11 +291,11 @@ def _missing_units(state: StageState, states: Sequence[StageState]) -> tuple[str
     flags = default_values(KeysConfig) | state.settings
     codec = ["codec"] if flags["codec"] == "int8" else []
     try:
-        num_tokens = num_tokens_of_splits(corpora[0].root).get(flags["split"], 1)
+        num_positions = read_corpus_manifest(corpora[0].root).num_counted(flags["split"])
     except UserError:  # named with the corpus itself
         return ()
-    blocks = split_blocks(num_tokens - 1, flags["unit_positions"] or UNIT_POSITIONS)
-    return tuple(unit for unit in [*codec, *(unit_name(block.start) for block in blocks)] if unit not in made)
+    blocks = blocks_of_units(num_positions, flags["unit_positions"] or UNIT_POSITIONS)
+    return tuple(unit for unit in [*codec, *blocks] if unit not in made)
 
 
 def some(names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from mlpmem_ds.core.blocks import Block, deal, split_blocks
+from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
@@ -35,13 +35,18 @@ from mlpmem_ds.formats.keys import (
     file_name,
     open_keys,
     read_codec,
-    unit_name,
 )
 from mlpmem_ds.stages.keys.audit import AuditSettings, run_audit
 from mlpmem_ds.stages.keys.codec import read_sample, write_codec
 from mlpmem_ds.stages.keys.config import Config
 from mlpmem_ds.stages.keys.inputs import Bases, ExtractionInputs, describe_keys, open_inputs
-from mlpmem_ds.stages.keys.plan import UNIT_POSITIONS, PositionBytes, bytes_of_position, require_disk
+from mlpmem_ds.stages.keys.plan import (
+    UNIT_POSITIONS,
+    PositionBytes,
+    blocks_of_units,
+    bytes_of_position,
+    require_disk,
+)
 from mlpmem_ds.stages.keys.readings import Rows, UnitReader, are_read_ahead, read_block
 from mlpmem_ds.stages.keys.unit_files import unit_files
 from mlpmem_ds.stages.stage_ranks import open_stage_ranks
@@ -95,9 +100,7 @@ def _extract(config: Config, world: World, ranks: Ranks) -> None:
     raw = Codec(mean_D=None, rotation_DE=None, scale=1.0, raw_dtype=config.raw_dtype)
     codec = read_codec(config.output) if phase_1 else raw
 
-    blocks = {
-        unit_name(block.start): block for block in split_blocks(corpus.num_counted, inputs.unit_positions)
-    }
+    blocks = blocks_of_units(corpus.num_counted, inputs.unit_positions)
     missing = frozenset(directory.missing_units(list(blocks)))
     to_do = [unit for unit in deal(list(blocks), world.rank, world.size) if unit in missing]
     meter = _Meter(sum(blocks[unit].size for unit in to_do), each, world)

@@ -1,5 +1,5 @@
-"""Part of `extract_keys`: what a position will take on disk, said before the run starts and compared with the
-free space."""
+"""Part of `extract_keys`: its units, and what a position will take on disk, said before the run starts and
+compared with the free space."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.files import require_free_bytes
-from mlpmem_ds.formats.keys import num_input_groups
+from mlpmem_ds.formats.keys import num_input_groups, unit_name
 
 _logger = logging.getLogger(__name__)
 LOG_PROBABILITY_BYTES = 4
@@ -45,6 +46,11 @@ def auto_unit_positions(num_positions: int) -> int:
     while unit < _MAX_UNIT_POSITIONS and num_positions >= 2 * unit * _MIN_UNITS:
         unit *= 2
     return unit
+
+
+def blocks_of_units(num_positions: int, unit_positions: int) -> dict[str, Block]:
+    """Unit → the rows that it makes, of `num_positions` that count; without the codec's."""
+    return {unit_name(block.start): block for block in split_blocks(num_positions, unit_positions)}
 
 
 def bytes_of_position(

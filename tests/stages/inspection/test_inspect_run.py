@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, publish_json, record_file
+from mlpmem_ds.core.files import FileRecord, publish_json, read_sealed_json, record_file, sha256_of_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection import contents
 from mlpmem_ds.stages.inspection.inspect_run import Config, run
@@ -134,6 +134,20 @@ def test_what_has_not_been_made_is_listed(
         "1 units claim",
     ):
         assert words in caplog.text
+
+
+def test_of_answers_alone_no_more_units_are_missed_than_there_will_be(run_dir: Path, tmp_path: Path) -> None:
+    """Keys of `--train-on answers` have a row for each token of an answer, not for each position."""
+    corpus, keys = run_dir / "corpus" / "manifest.json", run_dir / "keys"
+    manifest, identity = read_sealed_json(corpus), read_sealed_json(keys / "identity.json")
+    manifest["counts"] = "answers"
+    manifest["splits"]["train"] |= {"num_answers": 500}
+    publish_json(corpus, manifest, seal=True)
+    identity["inputs"]["corpus"] = sha256_of_file(corpus)
+    publish_json(keys / "identity.json", identity, seal=True)
+    for name in ("manifest.json", "done/000000000256.json", "done/000000000512.json"):
+        (keys / name).unlink()
+    assert inspect(run_dir, tmp_path / "found.json")["keys"]["missing"] == ["000000000256"]
 
 
 def test_checkpoints_and_exports_are_checked_too(run_dir: Path, tmp_path: Path) -> None:
