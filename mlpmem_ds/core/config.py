@@ -72,10 +72,14 @@ class Flags:
         """
 
     def given(self, *names: str) -> list[str]:
-        """Of these optional flags those with another value than their default, as users write them."""
+        """Of these optional flags those with another value than their default, as users write them: a switch
+        that is on by default as `--no-x`."""
         owner = type(self)
+        changed = [name for name in names if getattr(self, name) != default_of(owner, name)]
+        flags = {name: flag_of(field_of(owner, name)) for name in changed}
         return [
-            flag_of(field_of(owner, name)) for name in names if getattr(self, name) != default_of(owner, name)
+            flag.replace("--", "--no-", 1) if default_of(owner, name) is True else flag
+            for name, flag in flags.items()
         ]
 
     def refuse_unused(self, *names: str, of: str) -> None:

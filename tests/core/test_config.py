@@ -50,6 +50,13 @@ class Named(Config):
         return {"rate": 0.25, "codec": "raw"} if values["size"] == "large" else {}
 
 
+def test_what_is_given_is_named_as_users_write_it() -> None:
+    config = parse("--input", "a", "--output", "o", "--no-keep", "--block-size", "5")
+    assert config.given("keep", "block_size", "rate") == ["--no-keep", "--block-size"]
+    with pytest.raises(UserError, match="--no-keep is of --also: add that, or leave it out"):
+        config.refuse_unused("keep", of="--also")
+
+
 def test_a_flag_may_change_the_defaults_of_others_and_what_is_given_wins() -> None:
     def parse_named(*words: str) -> Named:
         return parse_config(Named, ["--input", "a", "--output", "out", *words], prog="tool")

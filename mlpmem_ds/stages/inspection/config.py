@@ -70,8 +70,22 @@ class Config(Flags):
             )
         if self.discard is not None and self.output is not None:
             raise UserError("--output is written of what was found: give it without --discard")
+        self._refuse_comparing()
         files = {"output": "found.json", "prometheus": "run.prom"}
         for name, example in files.items():  # before hours of checksums, and not after them
             path: Path | None = getattr(self, name)
             if path is not None:
                 check_output_file(path, flag=f"--{name}", example=example)
+
+    def _refuse_comparing(self) -> None:
+        """
+        Raises:
+            UserError: flags of the comparison of files, with one that compares none.
+        """
+        others, unused = self.given("watch", "prometheus", "discard"), self.given("threads", "checksums")
+        if others and unused:
+            compare = "compares" if len(others) == 1 else "compare"
+            raise UserError(
+                f"{' and '.join(others)} {compare} no files: leave out {' and '.join(unused)}, or run the"
+                " command once for each"
+            )

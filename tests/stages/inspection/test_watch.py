@@ -115,6 +115,15 @@ def test_a_place_without_a_stage_is_refused(tmp_path: Path, flags: dict) -> None
         ({"watch": 1.0, "output": Path("x")}, "--watch and --prometheus look on"),
         ({"watch": 1.0, "discard": "a"}, "--watch and --prometheus look on"),
         ({"yes": True}, "--yes is of --discard: add that, or leave it out"),
+        ({"watch": 1.0, "threads": 2}, "--watch compares no files: leave out --threads"),
+        (
+            {"prometheus": Path("x.prom"), "checksums": False},
+            "--prometheus compares no files: leave out --no-checksums",
+        ),
+        (
+            {"discard": "a", "threads": 2, "checksums": False},
+            "--discard compares no files: leave out --threads and --no-checksums",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags: dict, said: str) -> None:
