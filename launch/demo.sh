@@ -79,7 +79,10 @@ say "7/9 controls: a memory without the retriever, and the base trained on for a
 shared launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_only"
 spent=$(seconds_of keys index targets memory)
 say "      the memory's own pipeline took $spent s; the base gets as many"
-[ -f "$run/control_seconds" ] || echo "$spent" > "$run/control_seconds"
+if [ ! -s "$run/control_seconds" ]; then # written whole or not at all: a part of it would stay
+    echo "$spent" > "$run/control_seconds.partial"
+    mv "$run/control_seconds.partial" "$run/control_seconds"
+fi
 shared tools/train_baseline.py --kind continued --model "$base" \
     --corpus "$run/corpus" --output "$run/base_trained_on" --validate-every epoch \
     --time-budget-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \

@@ -62,7 +62,7 @@ for stage in "${stages[@]}"; do
 done
 [ ${#todo[@]} -gt 0 ] || { echo "every stage is complete: $RUN" >&2; exit 0; }
 
-if [ -f "$RUN/slurm/jobs" ]; then # of the last time
+if [ -s "$RUN/slurm/jobs" ]; then # of the last time
     numbers=$(paste -sd, "$RUN/slurm/jobs")
     waiting=$(squeue --noheader --format='%A %j' --jobs="$numbers" 2> /dev/null) || waiting=''
     [ -z "$waiting" ] ||

@@ -84,10 +84,13 @@ def test_the_whole_pipeline_on_ones_own_text_and_model(
         "--seed",
         "3",
     ]
+    run.mkdir()
+    (run / "control_seconds").touch()  # by a start that was killed before it wrote the number
     first = demo(*words, commands=forked_commands)
     assert first.returncode == 0, first.stderr[-5000:]
     evaluation = json.loads((run / "report" / "eval.json").read_text())
     arms = {arm["name"]: arm for arm in evaluation["arms"]}
+    assert int((run / "control_seconds").read_text()) > 0
     metrics = (run / "base_trained_on" / "metrics.jsonl").read_text().splitlines()
     rates = [line["learning_rate"] for line in map(json.loads, metrics) if "learning_rate" in line]
     assert rates and max(rates) == pytest.approx(3e-4)  # the control really trains at its learning rate
