@@ -4,7 +4,7 @@ The first look at a stage lists the folders of its records once, because a line 
 all later looks read what was added to the logs. So a look costs as much as there is new, and never as many
 operations as there are units. Rates come from the times of one rank's own events. Clocks of hosts are
 compared for the time since a rank's last sign of life, and where a job moved to other hosts: which of a
-rank's starts is the latest, and which log's lines came first.
+rank's starts is the latest, and which log's lines are earlier.
 """
 
 from __future__ import annotations
