@@ -21,9 +21,15 @@ from pathlib import Path
 from mlpmem_ds.core.claims import ClaimWatch, claim
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import flush
-from mlpmem_ds.core.temporaries import remove_stale_directories, remove_stale_temporaries, work_path
+from mlpmem_ds.core.temporaries import (
+    remove_stale_directories,
+    remove_stale_temporaries,
+    work_path,
+    written_bytes,
+)
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_PARTIAL = ".partial"
 
 _logger = logging.getLogger(__name__)
 
@@ -152,9 +158,8 @@ def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator
     work: it is taken over, without its half-written files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = ".partial"
-    own = work_path(path, suffix)
-    for other in remove_stale_directories(path, suffix):
+    own = work_path(path, _PARTIAL)
+    for other in remove_stale_directories(path, _PARTIAL):
         if other != own and not own.exists() and continues(other):
             os.replace(other, own)
         else:
@@ -165,6 +170,14 @@ def work_directory(path: Path, *, continues: Callable[[Path], bool]) -> Iterator
         yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)
+
+
+def bytes_of_stale_work(path: Path) -> int:
+    """Bytes of the directories that killed processes of this machine have left next to `path`.
+    `work_directory` goes on with one and removes the others, so the disk need not have these free."""
+    if not path.parent.is_dir():
+        return 0
+    return sum(written_bytes(left, "") for left in remove_stale_directories(path, _PARTIAL))
 
 
 def folders_with(root: Path, names: Collection[str]) -> Iterator[tuple[Path, frozenset[str]]]:

@@ -15,6 +15,7 @@ such as a process that was stopped for an hour, finds its file gone and makes it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -38,6 +39,22 @@ def temporary_path(path: Path) -> Path:
 def work_path(path: Path, suffix: str) -> Path:
     """The directory, named in the same way, where this process makes what will be the directory `path`."""
     return path.with_name(f".{path.name}.{this_process().name}{suffix}")
+
+
+def written_bytes(root: Path, suffix: str) -> int:
+    """What a disk need not have free to write the files of a directory, because it lies there: bytes of those
+    whose names end with `suffix`, and of their temporary files. These become whole, or are removed before
+    their unit is made again. Records are not looked at; without the directory it is 0.
+    """
+    found = 0
+    for folder, folders, names in os.walk(root):  # other ranks may rename and remove meanwhile
+        if Path(folder) == root and "done" in folders:
+            folders.remove("done")
+        for name in names:
+            if name.endswith(suffix) or (name.endswith(_SUFFIX) and f"{suffix}." in name):
+                with contextlib.suppress(FileNotFoundError):
+                    found += os.stat(os.path.join(folder, name)).st_size
+    return found
 
 
 def is_own_temporary(name: object) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.directories import (
+    bytes_of_stale_work,
     folders_with,
     publish_directory,
     put_back_former,
@@ -191,6 +192,9 @@ def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> Non
         os.utime(path, (time.time() - 3700,) * 2)  # another host's: given up after an hour
     (tmp_path / names["same"] / f".half.{dead.name}.tmp").write_text("half")
     (tmp_path / "out").mkdir()
+    ended = [tmp_path / names[kind] for kind in ("same", "another", "id used again")]
+    files = [path for folder in ended for path in folder.iterdir()]
+    assert bytes_of_stale_work(tmp_path / "out") == sum(path.stat().st_size for path in files)
     with work_directory(
         tmp_path / "out", continues=lambda path: (path / "kind.txt").read_text() == "same"
     ) as own:
@@ -199,7 +203,8 @@ def test_a_killed_run_is_continued_and_others_are_removed(tmp_path: Path) -> Non
         assert (own / "kind.txt").read_text() == "same"
         left = {path.name for path in tmp_path.iterdir()} - {"out", own.name}
         assert left == {names["alive"], names["elsewhere"], names["same host name"]}
-    assert not own.exists()
+    assert not own.exists() and bytes_of_stale_work(tmp_path / "out") == 0
+    assert bytes_of_stale_work(tmp_path / "none" / "out") == 0
 
 
 def test_directories_are_found_by_their_files_also_behind_links(tmp_path: Path) -> None:

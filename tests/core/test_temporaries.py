@@ -20,6 +20,7 @@ from mlpmem_ds.core.temporaries import (
     temporary_path,
     time_of_file_system,
     work_path,
+    written_bytes,
 )
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
@@ -44,6 +45,14 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     make(tmp_path / names[1], age=2 * HOUR)  # a live process of this host takes as long as it takes
     remove_stale_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_what_lies_in_a_directory_whole_or_half_is_written(tmp_path: Path) -> None:
+    assert written_bytes(tmp_path / "none", ".npy") == 0
+    for name in ("a.npy", "keys/b.npy", f"keys/.c.npy.{process_of(DEAD).name}.tmp", "d.json", "done/e.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        make(tmp_path / name)
+    assert written_bytes(tmp_path, ".npy") == 3 * len("half")
 
 
 def test_a_process_id_that_is_used_again_is_not_the_process_that_had_it(tmp_path: Path) -> None:

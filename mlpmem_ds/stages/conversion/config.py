@@ -41,6 +41,7 @@ class Config(Flags):
         " needs --model, its base",
         None,
         metavar="PATH",
+        identity="resolved",
         by_url=True,
     )
     output: Path = option("directory to write")
@@ -55,6 +56,7 @@ class Config(Flags):
     model: str | None = option(
         "the base: a directory or Hub name (default: the one that the keys were extracted with)",
         None,
+        identity="none",
         by_url=True,
     )
     lmbda: float | None = shared_flags.lmbda(f"the report's choice, else {DEFAULT_LAMBDA}")
@@ -63,7 +65,7 @@ class Config(Flags):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("of the stored weights", "float32")
     tokenizer: str | None = option(
-        "directory or Hub name (default: the base's, else the corpus's)", None, by_url=True
+        "directory or Hub name (default: the base's, else the corpus's)", None, identity="none", by_url=True
     )
     license: str | None = option(
         "for the model card: the export's licence, as the Hub names it, such as apache-2.0 (default: what"
@@ -88,6 +90,11 @@ class Config(Flags):
             )
         if self.from_reference is not None and self.model is None:
             raise UserError("--from-reference needs --model, the base that the memory was trained for")
+        if self.from_reference is not None and self.report is not None:
+            raise UserError(
+                "--report does not go with --from-reference: import the memory with --write memory, evaluate"
+                " it, and export that with --checkpoint and --report"
+            )
         if self.step is not None and len(self.checkpoint) != 1:
             raise UserError(
                 f"--step {self.step} names a checkpoint of one training: give one --checkpoint with it"
@@ -103,6 +110,7 @@ class Config(Flags):
                 " --from-reference: leave it out"
             )
         if self.write == "memory":
-            # It is written in float32, without a base and a card.
-            names = ("dtype", "lmbda", "base_only_threshold", "license", "language", "corpus_license")
-            self.refuse_unused(*names, of="--write export")
+            # It is written in float32 and one file, without a base and a card, and nothing runs it.
+            names = ("dtype", "lmbda", "base_only_threshold", "report", "license", "language")
+            more = ("corpus_license", "max_shard_gigabytes", "attention")
+            self.refuse_unused(*names, *more, of="--write export")

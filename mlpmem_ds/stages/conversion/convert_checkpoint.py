@@ -28,7 +28,13 @@ from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
 import mlpmem_ds
-from mlpmem_ds.core.directories import put_back_former, refuse_mount, replace_directory, work_directory
+from mlpmem_ds.core.directories import (
+    bytes_of_stale_work,
+    put_back_former,
+    refuse_mount,
+    replace_directory,
+    work_directory,
+)
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import (
     FileRecord,
@@ -93,7 +99,7 @@ def run(config: Config, world: World) -> None:
         return
     inputs, output = open_inputs(config), config.output.resolve()
     if config.write == "memory":
-        write_memory(config, with_weights_read(inputs, output).trained, world)
+        write_memory(config, inputs.trained, lambda: with_weights_read(inputs, output).trained, world)
         return
     base_facts = facts_from_base(inputs, config)
     identity = inputs.identity(config, base_facts)
@@ -103,28 +109,29 @@ def run(config: Config, world: World) -> None:
         _logger.info("complete: %s", config.output)
         return
     warn_of_unread_card(inputs, config, base_facts)
-    _require_disk(config, inputs)
     inputs = with_weights_read(inputs, output)
     joint = _join(config, inputs)
+    weights = _weights_of(joint, DTYPES[config.dtype])
+    _require_disk(output, weights)
     with work_directory(output, continues=lambda path: _is_of(path, identity)) as partial:
         (partial / _RECORDS).mkdir(exist_ok=True)
         publish_json(partial / _IDENTITY, identity)
         export = partial / output.name  # transformers names its copy of the code after this directory
         export.mkdir(exist_ok=True)
-        verification = _write_and_verify(config, inputs, joint, export, world)
+        verification = _write_and_verify(config, inputs, joint, weights, export, world)
         num_base_parameters = sum(parameter.numel() for parameter in joint.base.parameters())
         card = model_card(
             inputs, config, base_facts, verification, num_base_parameters, _weight_bytes(export)
         )
         (export / "README.md").write_text(card, encoding="utf-8")
         # Weights were hashed when they were written, and have been loaded and compared since.
-        weights = {path.stem: FileRecord(**read_json(path)) for path in (partial / _RECORDS).glob("*.json")}
+        shards = {path.stem: FileRecord(**read_json(path)) for path in (partial / _RECORDS).glob("*.json")}
         names = [path.relative_to(export).as_posix() for path in _files_below(export)]
         manifest = {
             **identity,
             "mlpmem_ds": mlpmem_ds.__version__,
             "verification": verification,
-            "files": [(weights.get(name) or record_file(export, name)).to_json() for name in names],
+            "files": [(shards.get(name) or record_file(export, name)).to_json() for name in names],
         }
         (export / EXPORT_FILE).write_bytes(sealed_json(manifest))
         replace_directory(output, export)
@@ -172,15 +179,14 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
     return not faults
 
 
-def _require_disk(config: Config, inputs: ExportInputs) -> None:
-    size = torch.empty(0, dtype=DTYPES[config.dtype]).element_size()
-    root = Path(inputs.model)
-    base = (
-        sum(path.stat().st_size for path in (*root.glob("*.safetensors"), *root.glob("*.bin")))
-        if root.is_dir()
-        else 0
-    )
-    require_free_bytes(config.output, base + size * inputs.num_parameters, what="the export's weights")
+def _require_disk(output: Path, weights: Mapping[str, Weight]) -> None:
+    """Before anything is written: refuse a disk that cannot hold what the shards of killed runs lack.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    needed = sum(weight.num_bytes for weight in weights.values())
+    require_free_bytes(output, needed - bytes_of_stale_work(output), what="the export's weights")
 
 
 def _is_of(partial: Path, identity: Mapping[str, Any]) -> bool:
@@ -199,9 +205,15 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _write_and_verify(
-    config: Config, inputs: ExportInputs, joint: MemoryAugmentedLM, export: Path, world: World
+    config: Config,
+    inputs: ExportInputs,
+    joint: MemoryAugmentedLM,
+    weights: Mapping[str, Weight],
+    export: Path,
+    world: World,
 ) -> dict[str, Any]:
-    """Write the joint model and its tokenizer into `export`, load them again, and return how they compare.
+    """Write the joint model, whose tensors as written are `weights`, and its tokenizer into `export`, load
+    them again, and return how they compare.
 
     Raises:
         UserError: the dtype cannot hold the model.
@@ -210,7 +222,6 @@ def _write_and_verify(
     dtype, gate = DTYPES[config.dtype], joint.gate
     points = input_points(joint.config, joint.base)  # type: ignore[arg-type]
     layers_path = inputs.trained.provenance.input_layers_path
-    weights = _weights_of(joint, dtype)
     as_stored = (
         None
         if config.dtype == "float32"

@@ -7,6 +7,7 @@ of the last block's MLP, which is the default; the user names the base and its t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoConfig
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.temporaries import written_bytes
+from mlpmem_ds.core.unit_records import recorded_files
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.model_directory import absence_of
@@ -29,6 +32,7 @@ from mlpmem_ds.formats.trained_models import (
 )
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.structure import resolve_layer
+from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.shared_flags import Layer
 
 _logger = logging.getLogger(__name__)
@@ -125,26 +129,44 @@ def _layer(input_layer: Layer, base: _Base) -> int:
         raise UserError(f"--input-layer: {error}") from error
 
 
-def write_memory(config: Any, trained: TrainedMemory, world: World) -> None:
-    """Publish a memory that was imported, or read from a checkpoint, as a finished training leaves it."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in trained.weights.values())
-    require_free_bytes(config.output, needed, what="the memory's weights")
+def write_memory(
+    config: Config, trained: TrainedMemory, read: Callable[[], TrainedMemory], world: World
+) -> None:
+    """Publish a memory that was imported, or read from a checkpoint, as a finished training leaves it.
+
+    Args:
+        config: the flags.
+        trained: without its weights where a checkpoint still holds them.
+        read: gives it with them; called where they are to be written.
+        world: of this process.
+
+    Raises:
+        UserError: too small a disk, or another run's output.
+    """
+    if not any(recorded_files(config.output, [_UNIT])):  # else there is nothing to write, or to repair
+        trained = read()
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in trained.weights.values())
+        needed -= written_bytes(config.output, ".safetensors")
+        require_free_bytes(config.output, needed, what="the memory's weights")
+    imported = trained.provenance.imported
     directory = open_stage(
         config.output,
         stage=MemoryManifest.FORMAT,
         version=MemoryManifest.VERSION,
         config=config,
         inputs={
-            "checkpoint" if trained.provenance.imported is None else "reference": trained.sha256,
+            "checkpoint" if imported is None else "reference": trained.sha256,
             "base": trained.provenance.base,
         },
         world=world,
+        resolved={"from_reference": None if imported is None else imported.name},
     )
     manifest = MemoryManifest(memory=trained.memory, provenance=trained.provenance, training=None)
 
     def write(_: str, writer: UnitWriter) -> dict[str, Any]:
-        write_weights(writer, trained.weights, memory=trained.memory, provenance=trained.provenance)
-        return {"parameters": sum(tensor.numel() for tensor in trained.weights.values())}
+        weights = (trained if trained.weights else read()).weights
+        write_weights(writer, weights, memory=trained.memory, provenance=trained.provenance)
+        return {"parameters": sum(tensor.numel() for tensor in weights.values())}
 
     directory.run_units([_UNIT], write)
     directory.complete([_UNIT], lambda: manifest)

@@ -263,11 +263,6 @@ def _check_base(trained: TrainedMemory, root: Path, model: str, base_sha256: str
 def _open_published(config: Config) -> ExportInputs:
     """Inputs of a memory that its authors published, which lack what the authors did not write down."""
     assert config.from_reference is not None and config.model is not None
-    if config.report is not None:
-        raise UserError(
-            "--report does not go with --from-reference: import the memory with --write memory, evaluate it,"
-            " and export that with --checkpoint and --report"
-        )
     root = fetch_directory(config.from_reference, flag="--from-reference", subdirectory=SUBDIRECTORY)
     open_reference(root)  # before the base, which may be large, is read
     base_sha256 = fingerprint_model(config.model)

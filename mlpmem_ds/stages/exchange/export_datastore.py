@@ -15,6 +15,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import require_free_bytes
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.temporaries import written_bytes
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
@@ -47,8 +48,9 @@ def run(config: ExportConfig, world: World) -> None:
         )
     import_arrow("lib", path=config.output)
     width = (keys.input_size or keys.dim) if config.datastore else 0
-    entries = 0 if targets is None else targets.manifest.entries
-    needed = keys.num_positions * (2 * width + 4 + 16) + 6 * entries
+    needed = (2 * width + 4) * keys.num_positions if config.datastore else 0
+    needed += 0 if targets is None else 16 * keys.num_positions + 6 * targets.manifest.entries
+    needed -= written_bytes(config.output, ".arrow")
     require_free_bytes(config.output, needed, what="the Arrow files")
     inputs = {"keys": keys.sha256, **({} if targets is None else {"targets": targets.sha256})}
     stage = open_stage(

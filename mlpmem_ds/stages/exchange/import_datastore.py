@@ -27,6 +27,7 @@ from mlpmem_ds.core.files import content_hash, require_free_bytes, sha256_of_fil
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.manifest import Manifest
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
+from mlpmem_ds.core.temporaries import written_bytes
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
@@ -108,8 +109,10 @@ def run(config: ImportConfig, world: World) -> None:
     if num_rows == 0:
         raise UserError("--datastore is empty: give files with rows")
     if source is not None:
-        each = 4 * source.width + 2 * source.dtype.itemsize
-        require_free_bytes(config.output, num_rows * each, what="the imported keys")
+        needed = num_rows * (4 * source.width + 2 * source.dtype.itemsize)
+        needed -= written_bytes(config.output / CorpusManifest.FORMAT, ".bin")
+        needed -= written_bytes(config.output / KeysManifest.FORMAT, ".npy")
+        require_free_bytes(config.output, needed, what="the imported keys")
         corpus_sha256 = _write_corpus(config, source, world)
         _write_keys(config, source, corpus_sha256, world)
         keys = open_keys(config.output / "keys")

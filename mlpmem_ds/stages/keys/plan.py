@@ -3,15 +3,14 @@ compared with the free space."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.files import require_free_bytes
+from mlpmem_ds.core.temporaries import written_bytes
 from mlpmem_ds.formats.keys import num_input_groups, unit_name
 
 _logger = logging.getLogger(__name__)
@@ -89,18 +88,4 @@ def require_disk(
         total / 1e9,
         shutil.disk_usage(existing).free / 1e9,
     )
-    require_free_bytes(output, total - _written_bytes(output), what="the keys")
-
-
-def _written_bytes(output: Path) -> int:
-    """Of the arrays that are there: those next to the manifest, and those in folders of thousands."""
-    found = 0
-    folders = [output]
-    while folders:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.name.endswith(".npy"):
-                    found += entry.stat().st_size
-                elif entry.is_dir() and entry.name != "done":
-                    folders.append(Path(entry.path))
-    return found
+    require_free_bytes(output, total - written_bytes(output, ".npy"), what="the keys")

@@ -34,6 +34,7 @@ from mlpmem_ds.core.files import read_json_object, require_free_bytes
 from mlpmem_ds.core.host import this_process
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.temporaries import written_bytes
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats import lists_directory as layout
@@ -73,8 +74,7 @@ def check_key_lists(root: Path, keys: Keys, index: IndexDirectory) -> None:
 def missing_bytes(root: Path, keys: Keys, index: IndexDirectory) -> int:
     """What making the lists will still take on disk."""
     total = layout.bytes_of_key_lists(keys.num_positions, layout_of(keys, index))
-    existing_bytes = sum(path.stat().st_size for path in root.rglob("*.npy")) if root.is_dir() else 0
-    return max(0, total - existing_bytes)
+    return max(0, total - written_bytes(root, ".npy"))
 
 
 def layout_of(keys: Keys, index: IndexDirectory) -> layout.RunLayout:

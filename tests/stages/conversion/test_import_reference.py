@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.trained_models import MemoryManifest, read_weights
+from mlpmem_ds.formats.trained_models import MemoryManifest, TrainedMemory, read_weights
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
-from mlpmem_ds.stages.conversion.inputs import Config
+from mlpmem_ds.stages.conversion.config import Config
+from mlpmem_ds.stages.conversion.import_reference import write_memory
+from mlpmem_ds.stages.conversion.inputs import open_inputs
 
 WIDTH, INNER, VOCAB = 16, 40, 300
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
@@ -124,6 +127,47 @@ def test_a_published_memory_by_its_hub_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_weights_of_a_checkpoint_are_read_where_they_are_written(
+    published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """They cost a copy of the memory on the disk; of a complete one only a damaged file needs them."""
+    config = config_of(published, base_dir, corpus_dir, tmp_path / "memory", write="memory")
+    whole, reads = open_inputs(config).trained, list[int]()
+
+    def read() -> TrainedMemory:
+        reads.append(len(reads))
+        return whole
+
+    unread = replace(whole, weights={})
+    write_memory(config, unread, read, World())
+    write_memory(config, unread, read, World())
+    assert reads == [0]
+    weights = tmp_path / "memory" / "weights" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1])
+    write_memory(config, unread, read, World())
+    assert reads == [0, 1] and weights.read_bytes() == before
+
+
+def test_a_memory_is_the_same_however_its_paths_are_typed(
+    published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they held is in its inputs; the published memory's own name is in its record."""
+    config = config_of(published, base_dir, corpus_dir, tmp_path / "memory", write="memory")
+    convert_checkpoint.run(config, World())
+    before = (tmp_path / "memory" / "manifest.json").read_bytes()
+    for name, path in (("base", base_dir), ("tokenizer", corpus_dir / "tokenizer")):
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(published.parent)
+    typed = {"model": str(tmp_path / "base"), "tokenizer": str(tmp_path / "tokenizer")}
+    again = replace(config, from_reference=f"./{published.name}", **typed)
+    convert_checkpoint.run(again, World())
+    assert (tmp_path / "memory" / "manifest.json").read_bytes() == before
+    renamed = shutil.copytree(published, tmp_path / "renamed")
+    with pytest.raises(UserError, match="--from-reference was 'memory-of-others', now 'renamed'"):
+        convert_checkpoint.run(replace(config, from_reference=str(renamed)), World())
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
     published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +192,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
         (
             {"write": "memory", "dtype": "float16", "lmbda": 0.3, "language": ("en",)},
             "--dtype, --lambda, --language are of --write export: add that, or leave them out",
+        ),
+        (
+            {"write": "memory", "max_shard_gigabytes": 1.0, "attention": "eager"},
+            "--max-shard-gigabytes, --attention are of --write export",
+        ),
+        (
+            {"from_reference": None, "checkpoint": (tmp_path,), "write": "memory", "report": tmp_path},
+            "--report is of --write export",
         ),
     ]
     for write in ("export", "memory"):

@@ -3,7 +3,10 @@ for number."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from mlpmem_ds.core.config import default_of
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_sealed_json
+from mlpmem_ds.core.host import process_of
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import bfloat16_bits, bfloat16_values, open_keys
@@ -266,6 +270,45 @@ def test_the_blocks_of_targets_alone_are_those_of_their_keys(
     identity = read_sealed_json(tmp_path / "alone" / "targets" / "identity.json")
     assert identity["config"] == {"block_size": BLOCK, "shard_positions": 96}
     config_of(arrow, base_dir, corpus_dir, tmp_path / "keys_alone", **DATASTORE_ALONE, block_size=1000)
+
+
+def test_a_disk_needs_room_for_what_is_not_written_yet(
+    imported: Path,
+    arrow: Any,
+    base_dir: Path,
+    corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None for what is complete; a rerun removes what a killed run left half-written."""
+
+    def set_free(num_bytes: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=num_bytes))
+
+    targets = open_targets(imported / "targets")
+    out, run = tmp_path / "arrow", tmp_path / "run"
+    export = ExportConfig(keys=imported / "keys", targets=targets.root, output=out)
+    keys_alone = replace(export, targets=None, output=tmp_path / "alone")
+    half = out / f".datastore.arrow.{process_of(2**22 + 1).name}.tmp"
+    for command, config, needed, made in (
+        (export_datastore, export, ROWS * (2 * WIDTH + 4 + 16) + 6 * targets.manifest.entries, out),
+        (export_datastore, keys_alone, ROWS * (2 * WIDTH + 4), keys_alone.output),
+        (import_datastore, config_of(arrow, base_dir, corpus_dir, run), ROWS * (4 * WIDTH + 4), run),
+    ):
+        set_free(needed - 1)
+        with pytest.raises(UserError, match="need .* free"):
+            command.run(config, World())
+        assert not made.exists()
+        set_free(needed)
+        command.run(config, World())
+        set_free(0)
+        command.run(config, World())
+    for name in ("manifest.json", "done/datastore.json", "datastore.arrow"):
+        (out / name).unlink()
+    half.write_bytes(bytes(1000))
+    set_free(ROWS * (2 * WIDTH + 4) - 1000)
+    export_datastore.run(export, World())
+    assert not half.exists()
 
 
 def change(rows: list[dict[str, Any]], number: int, **values: Any) -> list[dict[str, Any]]:
