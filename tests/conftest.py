@@ -131,6 +131,17 @@ def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(name, plotting.save_png)
 
 
+@pytest.fixture
+def set_free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Give every disk so many free bytes, as often as it is called."""
+    usage = shutil.disk_usage(Path.cwd())
+
+    def set_free(num_bytes: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=num_bytes))
+
+    return set_free
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _environment_as_before() -> Iterator[None]:
     """A training in this process leaves its rank in the environment and in what is logged, where the next

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from mlpmem_ds.core.config import default_of, flag_name
@@ -56,6 +57,8 @@ class Rule:
 _FEW_POSITIONS = 500_000
 _EPOCHS = 5.0
 
+_with_targets = partial(Choice, objective="imitation", alpha=0.5, min_epochs=_EPOCHS)
+
 RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
     Rule(
         holds=lambda facts: not facts.has_targets,
@@ -69,11 +72,8 @@ RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
     ),
     Rule(
         holds=lambda facts: facts.starts_as_base,
-        choice=Choice(
-            objective="imitation",
-            alpha=0.5,
+        choice=_with_targets(
             ce_through="plain",
-            min_epochs=_EPOCHS,
             reason=(
                 "a memory that starts as its base gained most from imitation and cross entropy together, over"
                 " five epochs or more; over two on a real base cross entropy alone gained as much, for which"
@@ -83,11 +83,8 @@ RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
     ),
     Rule(
         holds=lambda facts: facts.num_positions < _FEW_POSITIONS and facts.has_log_probabilities,
-        choice=Choice(
-            objective="imitation",
-            alpha=0.5,
+        choice=_with_targets(
             ce_through="mixture",
-            min_epochs=_EPOCHS,
             reason=(
                 f"below {_FEW_POSITIONS:,} positions fresh blocks gained most from imitation with cross"
                 " entropy through the mixture"
@@ -96,11 +93,8 @@ RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
     ),
     Rule(
         holds=lambda facts: facts.num_positions < _FEW_POSITIONS,
-        choice=Choice(
-            objective="imitation",
-            alpha=0.5,
+        choice=_with_targets(
             ce_through="plain",
-            min_epochs=_EPOCHS,
             reason=(
                 f"below {_FEW_POSITIONS:,} positions cross entropy through the mixture gained more, but the"
                 " keys hold no log-probabilities of the base, which it reads: imitation with plain cross"
@@ -110,11 +104,8 @@ RULES: Sequence[Rule] = (  # the figures: docs/LAB.md
     ),
     Rule(
         holds=lambda facts: True,
-        choice=Choice(
-            objective="imitation",
-            alpha=0.5,
+        choice=_with_targets(
             ce_through="plain",
-            min_epochs=_EPOCHS,
             reason=(
                 f"from {_FEW_POSITIONS:,} positions on fresh blocks gained most from imitation with plain"
                 " cross entropy"

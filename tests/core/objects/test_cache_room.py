@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_a_shard_of_which_something_is_left_needs_room_once(
 
 
 def test_what_an_interrupted_fetch_has_left_needs_no_more_of_the_disk(
-    files_url: str, tmp_path: Path, held: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+    files_url: str, tmp_path: Path, held: contextlib.ExitStack, set_free_bytes: Callable[[int], None]
 ) -> None:
     cache = Cache(tmp_path / "cache", 10**9)
     with contextlib.ExitStack() as first:
@@ -133,16 +134,10 @@ def test_what_an_interrupted_fetch_has_left_needs_no_more_of_the_disk(
     for name in FILES[1:]:
         os.replace(root / name, partial_path(root / name, files.record_file(root, name)))
     partial_path(root / FILES[1], files.record_file(tmp_path / "mirrored/files", FILES[1])).write_bytes(b"1")
-
-    def with_free(num_bytes: int) -> None:
-        free = shutil.disk_usage(tmp_path)._replace(free=num_bytes)
-        monkeypatch.setattr(files.shutil, "disk_usage", lambda _: free)
-
-    with_free(FILE_BYTES - 2)
+    set_free_bytes(FILE_BYTES - 2)
     with pytest.raises(UserError, match=r"need 9999 bytes, and .* has 9998 bytes free"):
         cache.open(files_url, held, flag="--keys")
-    monkeypatch.undo()
-    with_free(FILE_BYTES - 1)
+    set_free_bytes(FILE_BYTES - 1)
     cache.open(files_url, held, flag="--keys")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_a_damaged_file_of_the_copy_is_fetched_again(pushed: str, stage_dir: Pat
 
 
 def test_a_pull_needs_no_space_for_what_is_there(
-    memory_url: str, stage_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory_url: str, stage_dir: Path, tmp_path: Path, set_free_bytes: Callable[[int], None]
 ) -> None:
     """Halves of files are gone on with, and damaged files removed before others are fetched."""
     store = Store(memory_url)
@@ -165,17 +166,11 @@ def test_a_pull_needs_no_space_for_what_is_there(
     os.replace(copy / whole.name, fetch.partial_path(copy / whole.name, whole))
     (copy / damaged.name).write_bytes(b"longer" * damaged.bytes)
     needed = (stage_dir / "manifest.json").stat().st_size + half.bytes - 4 - 5 * damaged.bytes
-
-    def with_free(num_bytes: int) -> None:
-        free = disk_usage(tmp_path)._replace(free=num_bytes)
-        monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: free)
-
-    disk_usage = shutil.disk_usage
-    with_free(needed - 1)
+    set_free_bytes(needed - 1)
     with pytest.raises(UserError, match=f"needs {needed:,} bytes, and .* has {needed - 1:,} free"):
         pull(store, copy, flag="SOURCE")
     assert (copy / damaged.name).exists()
-    with_free(needed)
+    set_free_bytes(needed)
     pull(store, copy, flag="SOURCE")
     assert result_of(copy) == result_of(stage_dir)
 

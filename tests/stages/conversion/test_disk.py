@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +21,6 @@ from mlpmem_ds.formats.trained_models import read_weights
 from .conftest import ROOT, MemoryFlags, convert, save_memory
 from .test_faults import KILLED
 from .test_import_reference import save_published
-
-
-def set_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=num_bytes))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def test_an_export_needs_the_bytes_of_its_own_tensors(
     base_dir: Path,
     corpus_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_free_bytes: Callable[[int], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In whatever form the base is stored."""
@@ -57,13 +53,13 @@ def test_an_export_needs_the_bytes_of_its_own_tensors(
     memory = save_memory(tmp_path / "memory", flags, base=fingerprint_model(str(base)))
     words = ("--checkpoint", memory, "--model", base, "--tokenizer", corpus_dir / "tokenizer")
     words += ("--output", tmp_path / "out" / "export", "--dtype", dtype)
-    set_free(monkeypatch, size * num_weights - 1)
+    set_free_bytes(size * num_weights - 1)
     assert convert(*words) == 2
     assert "the export's weights need" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    set_free(monkeypatch, size * num_weights)
+    set_free_bytes(size * num_weights)
     assert convert(*words) == 0
-    set_free(monkeypatch, 0)
+    set_free_bytes(0)
     assert convert(*words) == 0  # complete
 
 
@@ -72,7 +68,7 @@ def test_what_killed_runs_have_left_is_not_asked_for_again(
     memory_dir: Path,
     base_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_free_bytes: Callable[[int], None],
 ) -> None:
     """Whole shards stay, and the rest is removed before anything is written."""
     words = ["--checkpoint", str(memory_dir), "--model", str(base_dir), "--output", str(tmp_path / "export")]
@@ -86,10 +82,10 @@ def test_what_killed_runs_have_left_is_not_asked_for_again(
     files = {path: path.stat().st_size for path in left.rglob("*") if path.is_file()}
     assert sum(path.suffix == ".tmp" for path in files) == 1
     missing = 4 * num_weights - sum(files.values())
-    set_free(monkeypatch, missing - 1)
+    set_free_bytes(missing - 1)
     assert convert(*words) == 2
     assert {path: path.stat().st_size for path in left.rglob("*") if path.is_file()} == files
-    set_free(monkeypatch, missing)
+    set_free_bytes(missing)
     assert convert(*words) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
@@ -98,19 +94,19 @@ def test_a_memory_that_is_written_needs_nothing(
     base_dir: Path,
     corpus_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_free_bytes: Callable[[int], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     published, output = save_published(tmp_path / "published"), tmp_path / "memory"
     words = ("--from-reference", published, "--model", base_dir, "--tokenizer", corpus_dir / "tokenizer")
     words += ("--write", "memory", "--output", output)
     needed = sum(4 * tensor.numel() for tensor in load_file(published / "model.safetensors").values())
-    set_free(monkeypatch, needed - 1)
+    set_free_bytes(needed - 1)
     assert convert(*words) == 2
     assert "the memory's weights need" in capsys.readouterr().err and not output.exists()
-    set_free(monkeypatch, needed)
+    set_free_bytes(needed)
     assert convert(*words) == 0
-    set_free(monkeypatch, 0)
+    set_free_bytes(0)
     assert convert(*words) == 0
     (output / "manifest.json").unlink()  # killed before the end
     assert convert(*words) == 0 and read_weights(output).weights

@@ -3,10 +3,9 @@ for number."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -278,13 +277,9 @@ def test_a_disk_needs_room_for_what_is_not_written_yet(
     base_dir: Path,
     corpus_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_free_bytes: Callable[[int], None],
 ) -> None:
     """None for what is complete; a rerun removes what a killed run left half-written."""
-
-    def set_free(num_bytes: int) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=num_bytes))
-
     targets = open_targets(imported / "targets")
     out, run = tmp_path / "arrow", tmp_path / "run"
     export = ExportConfig(keys=imported / "keys", targets=targets.root, output=out)
@@ -295,18 +290,18 @@ def test_a_disk_needs_room_for_what_is_not_written_yet(
         (export_datastore, keys_alone, ROWS * (2 * WIDTH + 4), keys_alone.output),
         (import_datastore, config_of(arrow, base_dir, corpus_dir, run), ROWS * (4 * WIDTH + 4), run),
     ):
-        set_free(needed - 1)
+        set_free_bytes(needed - 1)
         with pytest.raises(UserError, match="need .* free"):
             command.run(config, World())
         assert not made.exists()
-        set_free(needed)
+        set_free_bytes(needed)
         command.run(config, World())
-        set_free(0)
+        set_free_bytes(0)
         command.run(config, World())
     for name in ("manifest.json", "done/datastore.json", "datastore.arrow"):
         (out / name).unlink()
     half.write_bytes(bytes(1000))
-    set_free(ROWS * (2 * WIDTH + 4) - 1000)
+    set_free_bytes(ROWS * (2 * WIDTH + 4) - 1000)
     export_datastore.run(export, World())
     assert not half.exists()
 
