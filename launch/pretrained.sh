@@ -23,11 +23,13 @@ if [ -z "$base" ]; then
 fi
 
 say "2/8 text: the domain, and other text that must stay as it is"
-windows=(--tokenizer "$base" --block-size 512 --stride 512 --seed "$seed")
+windows=(--tokenizer "$base" --block-size 512 --stride 512 --seed "$seed" ${cut[@]+"${cut[@]}"})
 python tools/prepare_corpus.py --input "${corpus[@]}" ${which_files[@]+"${which_files[@]}"} "${windows[@]}" \
     --tuning-fraction .08 --test-fraction .12 --max-bytes "${max_bytes:-$text_bytes}" --output "$run/corpus"
 python tools/prepare_corpus.py --input "${general[@]}" "${windows[@]}" \
     --tuning-fraction .12 --test-fraction .12 --max-bytes 4e5 --output "$run/general"
+has_splits "$run/corpus" --corpus 512
+has_splits "$run/general" --general 512
 
 say "3/8 keys: what the model makes of each position of the text"
 shared tools/extract_keys.py --model "$base" --corpus "$run/corpus" --dtype bfloat16 \
@@ -66,4 +68,4 @@ print(samples_in_words(read_evaluation(Path(sys.argv[1]))), end="\n\n")
 for place, text in zip(sys.argv[1::2], sys.argv[2::2]):
     print(change_in_words(read_evaluation(Path(place)), text))' \
     "$run/report" "$unseen" "$run/report_general" "$other"
-say "done; the report: $run/report/report.md; the model: $run/export"
+finish "the report: $run/report/report.md; the model: $run/export"

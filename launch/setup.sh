@@ -35,4 +35,4 @@ install() {
 install -r requirements.txt
 install --no-deps --editable .
 echo "$needed" > "$stamp"
-echo "Ready: .venv" >&2
+echo "Ready: source .venv/bin/activate" >&2

@@ -132,6 +132,19 @@ def test_a_pretrained_model_is_compared_with_itself_on_two_texts(
     assert (run / "export" / "model.safetensors").is_file()
 
 
+def test_text_of_one_long_document_is_refused_before_any_model_runs(
+    model_dir: Path, forked_commands: Path, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(path.read_text() for path in write_modules(tmp_path / "x", seed=0).rglob("*.py")))
+    words = ["--pretrained", "--corpus", str(book), "--base", str(model_dir), "--ranks", "1"]
+    other = ["--general", str(tmp_path / "x")]
+    done = demo(*words, *other, "--run", str(tmp_path / "run"), commands=forked_commands)
+    assert done.returncode == 2
+    assert "tuning and test of --corpus have fewer than 512 tokens: give more text" in done.stderr
+    assert not (tmp_path / "run" / "keys").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
