@@ -213,6 +213,22 @@ def test_a_page_names_what_exists(page: str, faults: Callable[[str], Iterator[st
     assert list(faults(page)) == []
 
 
+def test_commands_of_all_pages_that_write_one_directory_are_one_command() -> None:
+    """The pages go on from one run, and a directory belongs to one set of flags."""
+    changes_nothing = {"--audit", "--audit-dims"}
+    found: dict[str, dict[tuple[str, ...], str]] = {}
+    for page in PAGES:
+        for line in code_of(text_of(page)):
+            for name, words in commands_of(f"    {line}"):
+                flags = [text for text in re.split(r" (?=--)", " ".join(words)) if text.startswith("--")]
+                output = next((text[9:] for text in flags if text.startswith("--output ")), "")
+                if output.startswith("run/"):
+                    deciding = sorted(flag for flag in flags if flag.split()[0] not in changes_nothing)
+                    found.setdefault(output, {})[(name, *deciding)] = page
+    assert len(found) > 8
+    assert {output: pages for output, pages in found.items() if len(pages) > 1} == {}
+
+
 def test_every_page_is_in_the_list() -> None:
     listed = {
         (ROOT / "docs" / name).resolve() for name in re.findall(r"\]\(([^)#]+)", text_of("docs/README.md"))

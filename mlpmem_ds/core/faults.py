@@ -210,7 +210,7 @@ def _of_import(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package {package} is not in this environment ({sys.executable}): bash launch/setup.sh makes"
-            f" one with all that is needed; or pip install {name}"
+            f" one with all that is needed, then source .venv/bin/activate; or pip install {name}"
         )
     return _broken(name, error)
 

@@ -78,7 +78,7 @@ class Config(Flags):
         identity="none",
     )
     encoding: Encoding = option(
-        "compact = half the bytes, within .0025 of total variation; exact = ids and float16 probabilities",
+        "compact = half the bytes, within .00275 of total variation; exact = ids and float16 probabilities",
         "compact",
     )
     container: Container = option(

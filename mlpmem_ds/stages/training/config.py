@@ -113,8 +113,7 @@ class Config(TrainingOptions):
     )
     head: Literal["random", "base", "frozen"] | None = option(
         "the output head before the first step: random, or a copy of the base's own; frozen: the base's own,"
-        " shared with it: it is neither trained nor stored, and a step takes a third less time (default: as"
-        " --start)",
+        " shared with it: it is neither trained nor stored, and a step is shorter (default: as --start)",
         None,
     )
     window: int = option(
