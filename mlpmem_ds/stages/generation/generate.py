@@ -254,7 +254,8 @@ def _continue_all(
         None if write is None else Writer(tokenizer, ids[0], end_tokens(generation.eos_token_id), write)
     )
     rows: list[list[int]] = [[] for _ in ids]
-    for places in _batches(ids, config.batch_size, equal_lengths=config.no_repeat_ngram_size > 0):
+    limits_repetition = config.no_repeat_ngram_size > 0 or config.repetition_penalty != 1
+    for places in _batches(ids, config.batch_size, equal_lengths=limits_repetition):
         batch = continue_batch(model, [ids[place] for place in places], generation, streamer=streamer)
         for place, row in zip(places, batch, strict=True):
             rows[place] = row
@@ -264,8 +265,9 @@ def _continue_all(
 def _batches(ids: Sequence[Sequence[int]], size: int, *, equal_lengths: bool) -> list[list[int]]:
     """The places of the prompts that are continued together, in their order.
 
-    transformers counts padding among the runs of tokens that are not to be repeated: an end token that pads
-    would be forbidden. So there is none with `equal_lengths`.
+    transformers counts padding among the runs of tokens that are not to be repeated, and in releases as late
+    as 5.20 among the tokens of the repetition penalty: an end token that pads would be held back. So there is
+    no padding with `equal_lengths`.
     """
     groups: dict[int, list[int]] = {}
     for place, row in enumerate(ids):

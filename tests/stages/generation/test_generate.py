@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.engines.tokenizer import open_encoder
@@ -361,13 +362,22 @@ def test_prompts_of_a_batch_do_not_see_their_padding(
     assert generate(*flags, model=copy) == generate(*flags)
 
 
-def test_no_run_is_repeated_and_padding_is_none_of_a_prompt(
-    export_dir: Path, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize("rule", [{"no_repeat_ngram_size": 1}, {"repetition_penalty": 1000.0}])
+def test_padding_is_none_of_the_tokens_that_are_not_to_be_repeated(
+    export_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: dict[str, Any],
 ) -> None:
-    """Padding is the end token here: transformers would forbid it where a prompt is padded."""
+    """Padding is the end token here: transformers would hold it back where a prompt is padded (by the
+    penalty: releases as late as 5.20, which do not tell it where a prompt begins)."""
+    monkeypatch.setattr(
+        "transformers.generation.utils.RepetitionPenaltyLogitsProcessor",
+        lambda penalty, prompt_ignore_length=None: RepetitionPenaltyLogitsProcessor(penalty),
+    )
     model = load_model(str(export_dir), device=torch.device("cpu"))
     ids = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    config = Config(model=str(export_dir), prompt=PROMPTS, max_new_tokens=NEW, no_repeat_ngram_size=1)
+    config = Config(model=str(export_dir), prompt=PROMPTS, max_new_tokens=NEW, **rule)
     generation = _generation_config(config, model, tokenizer)
     [free] = continue_batch(model, ids[1:2], generation)
     generation.eos_token_id = generation.pad_token_id = free[2]
