@@ -132,8 +132,9 @@ def refuse_training_text(splits: Mapping[str, Split], arms: Sequence[Arm]) -> No
     for split in splits.values():
         for arm in arms:
             if (split.corpus.sha256, split.corpus.name) in arm.trained_on:
+                without = "give another --model" if arm.part == "base" else f"leave {arm.name} out"
                 raise UserError(
                     f"the {split.name} split is the text that {arm.name} was made from"
                     f" ({split.corpus.root}, {split.corpus.name}): choose other splits, prepare the corpus"
-                    f" with --tuning-fraction and --test-fraction, or leave {arm.name} out"
+                    f" with --tuning-fraction and --test-fraction, or {without}"
                 )

@@ -81,7 +81,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     context = Context(base=base, texts=splits, num_positions=num_positions, shared=shared)
     memories = memory.open_memories(scoring, context)
     members: list[Member] = [*memories, *ensemble.open_arms(scoring, context)]
-    refuse_training_text({name: text.split for name, text in texts.items()}, members)
+    refuse_training_text({name: text.split for name, text in texts.items()}, (base, *members))
     if not config.general:
         _logger.warning(
             "the gate is fitted to text of --corpus alone, and will cost other text several per cent: give"

@@ -26,7 +26,7 @@ from mlpmem_ds.stages.evaluation import evaluate
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.report.breakdowns import ENTROPY, FREQUENCY, KIND
 
-from .conftest import Finished, read_scores
+from .conftest import Finished, read_scores, save_baseline
 
 
 def test_eval_json_has_the_arms_by_name_and_their_prices(
@@ -187,6 +187,16 @@ def test_an_unsplit_corpus_is_dealt_in_halves_by_document(
             document["bytes"] for document, mine in zip(corpus.documents, documents, strict=True) if mine
         )
         assert row.bits_per_byte == pytest.approx(-scores[chosen].sum() / math.log(2) / num_bytes)
+
+
+def test_a_corpus_that_is_dealt_is_refused_to_the_base_that_learned_it(
+    config: Config, unsplit_dir: Path, base_dir: Path, tmp_path: Path
+) -> None:
+    model = save_baseline(base_dir, unsplit_dir, tmp_path / "model", kind="base")
+    only = {"memory": (), "keys": None, "index": None, "targets": None, "control": ()}
+    with pytest.raises(UserError, match="the tuning split is the text that base was made from"):
+        evaluate.run(replace(config, corpus=unsplit_dir, model=str(model), **only), World())
+    assert not config.output.exists()
 
 
 def test_the_sums_by_document_give_the_perplexity_of_each_arm(finished: Finished) -> None:

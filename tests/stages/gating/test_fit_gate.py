@@ -22,7 +22,7 @@ from mlpmem_ds.stages.gating import fit_gate, fitting
 from mlpmem_ds.stages.gating.config import Config
 
 from ...conftest import with_vocabulary
-from ..evaluation.conftest import forward_base, load_memory, read_scores, save_memory
+from ..evaluation.conftest import forward_base, load_memory, read_scores, save_baseline, save_memory
 from .conftest import Parts, make_config
 
 
@@ -214,6 +214,9 @@ def test_wrong_inputs_are_refused_before_anything_is_written(
     refused("needs 5,000 or more: give more text", min_positions=5000)
     refused("has no split validation", tuning_split="validation")
     refused("text that base.memory was made from", tuning_split="train")
+    trained = save_baseline(base_dir, parts.corpus, tmp_path / "trained", kind="base")
+    others = {"memory": (), "ensemble": str(parts.second), "tuning_split": "train"}
+    refused("text that base was made from .*give another --model", model=str(trained), **others)
     other_base = save_memory(
         tmp_path / "stranger", open_keys(keys_dir), open_corpus(parts.corpus), seed=3, base="0" * 64
     )

@@ -9,6 +9,7 @@
 - `ensemble.py`: base and a second language model (`--ensemble NAME=DIR`)
 - `model.py`: a language model alone (`--control NAME=DIR`)
 - `controls.py`: which controls are memories and which are models
+- `training_records.py`: what a language model of ours was trained on
 
 To add a kind: a file here with its `open_arms`, its line above, one in `OPENERS` (../inputs.py), a flag
 (../config.py), and a test; CONTRIBUTING.md has one as an example.

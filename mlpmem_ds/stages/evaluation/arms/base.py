@@ -17,6 +17,7 @@ from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_rea
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.stages.evaluation.arms.arm import Arm, Part, Price, Scores
+from mlpmem_ds.stages.evaluation.arms.training_records import texts_of_training
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 from mlpmem_ds.stages.shared_flags import device_map_of
@@ -128,6 +129,7 @@ def open_base(
             seconds=0.0,
             tokens=None,
         ),
+        trained_on=texts_of_training(Path(config.model), "--model"),
     )
 
 

@@ -24,7 +24,8 @@ from mlpmem_ds.stages.evaluation.arms.arm import (
     tokens_beside_base,
 )
 from mlpmem_ds.stages.evaluation.arms.base import Context, bytes_of_source, num_parameters
-from mlpmem_ds.stages.evaluation.arms.model import open_source, texts_of_training, tokens_of_training
+from mlpmem_ds.stages.evaluation.arms.model import open_source
+from mlpmem_ds.stages.evaluation.arms.training_records import texts_of_training, tokens_of_training
 from mlpmem_ds.stages.evaluation.config import Config, named_directories
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass, Scan
 
@@ -57,8 +58,8 @@ def open_arms(config: Config, context: Context) -> list[EnsembleArm]:
 
 
 def _open_ensemble(root: Path, name: str, config: Config, context: Context) -> EnsembleArm:
-    base, arm = context.base, f"base+{name}"
-    source, sha256 = open_source(root, f"--ensemble {name}", config, context)
+    base, arm, flag = context.base, f"base+{name}", f"--ensemble {name}"
+    source, sha256 = open_source(root, flag, config, context)
     return EnsembleArm(
         name=arm,
         forward_pass=base.forward_pass,
@@ -67,8 +68,8 @@ def _open_ensemble(root: Path, name: str, config: Config, context: Context) -> E
             parameters=num_parameters(source),
             bytes=bytes_of_source(str(root), source),
             seconds=sum_of_logs([root]),
-            tokens=tokens_of_training(root),
+            tokens=tokens_of_training(root, flag),
         ),
         inputs={arm: sha256},
-        trained_on=texts_of_training(root),
+        trained_on=texts_of_training(root, flag),
     )

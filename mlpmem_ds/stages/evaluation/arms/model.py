@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import read_json_object
-from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.engines.hidden_states import TransformersSource, check_source_reads
 from mlpmem_ds.engines.model_files import fingerprint_model
-from mlpmem_ds.formats.trained_models import BaselineManifest, BaseManifest
 from mlpmem_ds.stages.evaluation.arms.arm import Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import Context, ModelArm, bytes_of_source, num_parameters
 from mlpmem_ds.stages.evaluation.arms.controls import model_controls
+from mlpmem_ds.stages.evaluation.arms.training_records import texts_of_training, tokens_of_training
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.forward_pass import ForwardPass
 from mlpmem_ds.stages.shared_flags import device_map_of
@@ -44,9 +42,9 @@ def _open_model(root: Path, name: str, config: Config, context: Context) -> Mode
             parameters=num_parameters(source),
             bytes=bytes_of_source(str(root), source),
             seconds=sum_of_logs([root]),
-            tokens=tokens_of_training(root),
+            tokens=tokens_of_training(root, flag),
         ),
-        trained_on=texts_of_training(root),
+        trained_on=texts_of_training(root, flag),
     )
 
 
@@ -73,26 +71,3 @@ def open_source(root: Path, flag: str, config: Config, context: Context) -> tupl
     )
     check_source_reads(source, context.texts, str(root), flag=flag, shared=context.shared)
     return source, sha256
-
-
-def tokens_of_training(root: Path) -> int | None:
-    """Tokens of all steps of `train_base` or `train_baseline`; None for a model from elsewhere."""
-    stage = _read_training(root)
-    if stage is None:
-        return None
-    training = stage.manifest.training
-    return int(training.steps * training.rows_per_step)
-
-
-def texts_of_training(root: Path) -> tuple[tuple[str, str], ...]:
-    """What `train_base` or `train_baseline` read, as `Arm.trained_on`; () for a model from elsewhere."""
-    stage = _read_training(root)
-    return () if stage is None else ((stage.inputs["corpus"], "train"),)
-
-
-def _read_training(root: Path) -> CompleteStage[Any] | None:
-    for manifest in (BaseManifest, BaselineManifest):
-        if format_of(root) == manifest.FORMAT:
-            stage: CompleteStage[Any] = read_stage(CompleteStage, manifest, root, flag="--control")
-            return stage
-    return None
