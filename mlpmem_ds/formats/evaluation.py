@@ -28,7 +28,7 @@ EVALUATION_NAME = "eval.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFigures:
-    """An arm on one split, at the λ that was chosen on the tuning split."""
+    """An arm on one split, at the λ that was chosen on the tuning split, or taken from another report."""
 
     ppl: float
     bits_per_byte: float
@@ -88,7 +88,7 @@ class ArmFigures:
     lmbda: float | None = field(metadata=json_key("lambda"))
     """its weight in the mixture with the base; None for an arm that stands alone"""
     chosen: Mapping[str, float]
-    """what was chosen on the tuning split besides λ: neighbours and temperature of a kNN arm"""
+    """what was chosen together with λ: neighbours and temperature of a kNN arm"""
     tried: Mapping[str, tuple[float, ...]]
     """from which values each was chosen"""
     parameters: int
@@ -205,6 +205,7 @@ class Evaluation:
     tokens: Mapping[str, int]
     """positions of each split"""
     lambdas: tuple[float, ...]
+    """of the curves; each arm's λ is the best of them, if it was chosen here"""
     settings: Settings
     subject: str | None
     """the arm that the others are compared with: the memory; None without one"""
@@ -220,6 +221,9 @@ class Evaluation:
     breakdowns: tuple[Breakdown, ...]
     speeds: tuple[Speed, ...]
     samples: tuple[Sample, ...]
+    choices_from: str | None = None
+    """the report, as the user named it, whose λ and other choices were taken; None: they were made on the
+    tuning split"""
 
     @property
     def base(self) -> ArmFigures:
@@ -288,6 +292,7 @@ def read_evaluation(root: Path) -> Evaluation:
             f"{path} is of {found[0]!r} version {found[1]}, this program reads mlpmem-{FORMAT} version"
             f" {VERSION}: run evaluate again, it writes it anew"
         )
+    fields.setdefault("choices_from", None)  # reports that were written before this key lack it
     return from_json(Evaluation, fields, where=str(path), version=VERSION)
 
 

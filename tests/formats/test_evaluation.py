@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_an_evaluation_comes_back_from_its_file(tmp_path: Path) -> None:
     assert (written["format"], written["version"]) == ("mlpmem-report", 1)
     assert written["arms"][0]["lambda"] == written["arms"][0]["tuning_curve"][0]["lambda"] == 0.25
     assert evaluation.arm("base+x") is evaluation.base
+
+
+def test_a_report_that_does_not_say_where_its_choices_are_from_made_them_itself(tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    write_evaluation(tmp_path, replace(evaluation, choices_from="run/report"))
+    assert read_evaluation(tmp_path).choices_from == "run/report"
+    found = read_sealed_json(tmp_path / "eval.json")
+    del found["choices_from"]
+    publish_json(tmp_path / "eval.json", found, seal=True)
+    assert read_evaluation(tmp_path) == evaluation
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,8 @@ def open_inputs(config: Config) -> ExportInputs:
                 f"--checkpoint {memory.root} is not finished, and a bank is of finished memories: finish it"
             )
     first = memories[0]
-    report, report_lmbda = read_report(config.report, [(one.trained, one.root) for one in memories])
-    lmbda, rule = choose_lambda(config.lmbda, report_lmbda, gate)
+    report, reported = read_report(config.report, [(one.trained, one.root) for one in memories])
+    lmbda, rule = choose_lambda(config.lmbda, reported, gate)
     inputs = open_parts(
         memories,
         model=config.model or model_of_keys(first.root, first.trained),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.formats.evaluation import Report, open_report
+from mlpmem_ds.formats.evaluation import Evaluation, Report, open_report
 from mlpmem_ds.formats.gates import FittedGate
 from mlpmem_ds.formats.trained_models import TrainedMemory
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
@@ -17,8 +17,8 @@ _logger = logging.getLogger(__name__)
 
 def read_report(
     path: Path | None, memories: Sequence[tuple[TrainedMemory, Path]]
-) -> tuple[Report | None, float | None]:
-    """The report of --report, and the λ that it chose for the memory.
+) -> tuple[Report | None, tuple[float, str] | None]:
+    """The report of --report, and the λ that it has for the memory, with how it was chosen in words.
 
     Args:
         path: the flag; None: it was not given, and there is neither.
@@ -39,27 +39,33 @@ def read_report(
                 "launch/evaluate.py with that memory, or leave out --report and give --lambda"
             )
         chosen.append(float(found[0]))
-    return report, chosen[0] if len(chosen) == 1 else None
+    return report, (chosen[0], _rule_of(report.evaluation)) if len(chosen) == 1 else None
+
+
+def _rule_of(evaluation: Evaluation) -> str:
+    if evaluation.choices_from is not None:
+        return "chosen in another report"
+    return "least perplexity on the tuning split"
 
 
 def choose_lambda(
-    given: float | None, report_lmbda: float | None = None, gate: FittedGate | None = None
+    given: float | None, reported: tuple[float, str] | None = None, gate: FittedGate | None = None
 ) -> tuple[float, str]:
     """λ in [0, 1], from the first that says it, and in words how it was chosen.
 
     Args:
         given: the flag.
-        report_lmbda: what a report chose.
+        reported: what a report has, as `read_report` gives it.
         gate: its best fixed weight, in all.
     """
     if given is not None:
         return float(given), "given as a flag"
-    if report_lmbda is not None:
-        if report_lmbda == 0:
+    if reported is not None:
+        if reported[0] == 0:
             _logger.warning(
                 "the report chose λ = 0: the memory does not help this base, and the export is the base alone"
             )
-        return report_lmbda, "least perplexity on the tuning split"
+        return reported
     if gate is not None:
         return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
     _logger.warning(

@@ -289,6 +289,8 @@ def _quality(inputs: ExportInputs) -> str:
         return "Not measured: the export was made without a report of `launch/evaluate.py`."
     rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
     arms = inputs.report.evaluation.arms
+    is_own = inputs.report.evaluation.choices_from is None
+    place = "on a tuning split" if is_own else "in another report"
     for arm in arms:
         change, interval, lmbda = arm.ppl_change, arm.ppl_interval, arm.lmbda
         shown = (
@@ -300,7 +302,7 @@ def _quality(inputs: ExportInputs) -> str:
     return (
         "\n".join(rows)
         + "".join(_curve(arm) for arm in arms)
-        + "\n\nλ was chosen on a tuning split; the figures are of the test split, at each arm's own λ."
+        + f"\n\nλ was chosen {place}; the figures are of the test split, at each arm's own λ."
     )
 
 

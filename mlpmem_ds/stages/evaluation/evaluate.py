@@ -130,4 +130,5 @@ def _comparison(config: Config, inputs: Inputs) -> Comparison:
         controls=tuple(arm.name for arm in inputs.playing("control")),
         document_starts={name: split.document_starts() for name, split in inputs.splits.items()},
         choices=_choices(config, inputs),
+        choices_from=None if config.choices_from is None else str(config.choices_from),
     )

@@ -112,6 +112,7 @@ class ReportWriter:
             breakdowns=summary.breakdowns,
             speeds=measure_speeds(inputs.arms, base.forward_pass, test.corpus, self.speed_positions),
             samples=_samples(inputs, summary, test.corpus, self.num_samples),
+            choices_from=comparison.choices_from,
         )
 
     def _mixed_scores(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlpmem_ds.formats.evaluation import ArmFigures, Change, Evaluation
 from mlpmem_ds.formats.gates import WeightFigures
@@ -59,10 +59,11 @@ def _introduction(evaluation: Evaluation) -> list[str]:
 
 def _arms(evaluation: Evaluation) -> list[str]:
     lines = [f"- `{arm.name}`: {arm.description}." for arm in evaluation.arms]
+    but_for_gates = ", but for arms with a gate, which gives λ at each token" if _gated(evaluation) else ""
     mixture = (
         "An arm named `base+…` mixes two distributions: p(token) = (1 − λ) · p_base(token) + λ ·"
-        " p_other(token), with the same weight λ for every token. Another name stands for a language model"
-        " alone."
+        f" p_other(token), with the same weight λ for every token{but_for_gates}. Another name stands for a"
+        " language model alone."
     )
     controls = (
         "What the controls are for: a memory brings more parameters and more training on the same text, and"
@@ -109,12 +110,14 @@ def _verdict(change: Change) -> str:
 
 def _plots(evaluation: Evaluation) -> list[str]:
     tuning, test = evaluation.tuning_split, evaluation.test_split
+    where = "" if evaluation.choices_from is None else " in another report"
     plots = [
         (
             "lambda.png",
             "λ on the tuning split",
             f"Perplexity of the {tuning} split over λ. At the left end, λ = 0, every mixture is the base; the"
-            " circle is the λ that was chosen. Dashed lines are arms that stand alone.",
+            f" circle is the λ that was chosen{where}. Dashed lines are arms without one λ to choose: models"
+            " alone, gates, banks.",
         ),
         (
             "cost.png",
@@ -148,18 +151,29 @@ def _plots(evaluation: Evaluation) -> list[str]:
 def _choices(evaluation: Evaluation) -> list[str]:
     lambdas, tuning = evaluation.lambdas, evaluation.tuning_split
     mixed = [arm for arm in evaluation.arms if arm.lmbda is not None]
-    text = (
-        f"λ was chosen on the {tuning} split ({evaluation.tokens[tuning]:,} tokens), which is not among"
-        f" the reported ones: the best of {len(lambdas)} values from {lambdas[0]:g} to {lambdas[-1]:g},"
-        " together with what else an arm leaves open. The other splits were read once, at that choice."
-    )
-    lines = [f"- `{arm.name}`: {_choice_text(arm, lambdas)}" for arm in mixed]
+    tokens = f"the {tuning} split ({evaluation.tokens[tuning]:,} tokens)"
+    if evaluation.choices_from is None:
+        text = (
+            f"λ was chosen on {tokens}, which is not among the reported ones: the best of"
+            f" {len(lambdas)} values from {lambdas[0]:g} to {lambdas[-1]:g}, together with what else an arm"
+            " leaves open. The other splits were read once, at that choice."
+        )
+        lines = [f"- `{arm.name}`: {_choice_text(arm, lambdas)}" for arm in mixed]
+    else:
+        text = (
+            "λ was not chosen here: each arm without a gate takes it, and what else it leaves open, from the"
+            f" report `{evaluation.choices_from}`. The plot's curves are of {tokens}."
+        )
+        lines = [f"- `{arm.name}`: {_taken_text(arm)}" for arm in mixed]
     lines += [
-        f"- `{arm.name}`: {_gate_text(arm.weights[evaluation.test_split])}"
-        for arm in evaluation.arms
-        if arm.lmbda is None and arm.weights is not None
+        f"- `{arm.name}`: {_gate_text(weights[evaluation.test_split])}" for arm, weights in _gated(evaluation)
     ]
     return ["## How λ was chosen", "\n".join([text, "", *lines])] if lines else []
+
+
+def _gated(evaluation: Evaluation) -> list[tuple[ArmFigures, Mapping[str, WeightFigures]]]:
+    """The arms whose λ a gate gives, with the figures of their weights by split."""
+    return [(arm, arm.weights) for arm in evaluation.arms if arm.lmbda is None and arm.weights is not None]
 
 
 def _gate_text(weights: WeightFigures) -> str:
@@ -172,10 +186,7 @@ def _gate_text(weights: WeightFigures) -> str:
 
 def _choice_text(arm: ArmFigures, lambdas: Sequence[float]) -> str:
     if arm.weights is not None:
-        weights = ", ".join(
-            f"{name.removeprefix('lambda_')} {value:.3g}" for name, value in arm.chosen.items()
-        )
-        return f"λ {arm.lmbda:.3g} in all, the best weights on that split: {weights}"
+        return f"λ {arm.lmbda:.3g} in all, the best weights on that split: {_weights_text(arm)}"
     at_end = " (the end of the grid)" if arm.lmbda in (lambdas[0], lambdas[-1]) else ""
     parts = [f"λ {arm.lmbda:g}{at_end}"]
     for name, value in arm.chosen.items():
@@ -185,15 +196,33 @@ def _choice_text(arm: ArmFigures, lambdas: Sequence[float]) -> str:
     return ", ".join(parts)
 
 
+def _taken_text(arm: ArmFigures) -> str:
+    if arm.weights is not None:
+        return f"λ {arm.lmbda:.3g} in all, the weights of that report: {_weights_text(arm)}"
+    return ", ".join([f"λ {arm.lmbda:g}", *(f"{name} {value:.6g}" for name, value in arm.chosen.items())])
+
+
+def _weights_text(arm: ArmFigures) -> str:
+    return ", ".join(f"{name.removeprefix('lambda_')} {value:.3g}" for name, value in arm.chosen.items())
+
+
 def _equalities(evaluation: Evaluation) -> list[str]:
     settings = evaluation.settings
+    if evaluation.choices_from is None:
+        has_weights = any(arm.weights is not None for arm in evaluation.arms)
+        others = " (but for gates and banks)" if has_weights else ""
+        choice = (
+            f"how λ was chosen{others}: the same {len(evaluation.lambdas)} values on the same tuning split"
+        )
+    else:
+        choice = f"where λ was chosen: in `{evaluation.choices_from}`"
     equal = [
         (
             f"the positions, and the context of each: windows of {settings.block_size} tokens, every"
             f" {settings.stride}"
         ),
         "the vocabulary; the base, frozen, in every arm whose name begins with `base+`",
-        f"how λ was chosen: the same {len(evaluation.lambdas)} values on the same tuning split",
+        choice,
         f"the precision of the forward passes: {settings.dtype}",
     ]
     unequal = [
@@ -229,7 +258,7 @@ def _second_tests(evaluation: Evaluation) -> list[str]:
         )
         sections += [
             f"## Second test set: {split}",
-            f"{evaluation.tokens[split]:,} tokens, {meaning}; λ as chosen above.",
+            f"{evaluation.tokens[split]:,} tokens, {meaning}; λ as above.",
             markdown_table(["arm", "ppl", "change", "95 % interval"], rows),
         ]
     return sections

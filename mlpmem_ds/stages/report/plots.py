@@ -18,7 +18,8 @@ _FAR_WORSE = 0.5  # of the base's perplexity, on top of it
 
 
 def plot_lambda_curves(evaluation: Evaluation, path: Path) -> None:
-    """Perplexity over λ on the tuning split, a line an arm; models alone are level lines.
+    """Perplexity over λ on the tuning split, a line an arm; level lines are arms without one λ of the grid:
+    models alone, gates, banks.
 
     What is far worse than the base is cut off, and the legend says at what level it lies: the choices are to
     be seen.
@@ -47,7 +48,7 @@ def plot_lambda_curves(evaluation: Evaluation, path: Path) -> None:
     axes.set(
         xlabel="λ, weight of what is mixed with the base",
         ylabel=f"perplexity, {evaluation.tuning_split} split",
-        title="How λ was chosen (circles)",
+        title=f"How λ was chosen{'' if evaluation.choices_from is None else ' in another report'} (circles)",
     )
     axes.legend()
     _save(figure, path)

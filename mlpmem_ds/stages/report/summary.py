@@ -102,6 +102,8 @@ class Comparison:
     choices: Mapping[str, ArmFigures] | None = None
     """arm → its figures in another report, whose λ, neighbours and temperature are taken; None: they are
     chosen on the tuning split"""
+    choices_from: str | None = None
+    """that report, as the user named it"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,6 +228,8 @@ def test_choices_of_another_report_are_taken_in_place_of_the_tuning_splits(
     )
     for before, after in zip(finished.evaluation.arms, read_evaluation(config.output).arms, strict=True):
         assert (after.lmbda, after.chosen, after.splits) == (before.lmbda, before.chosen, before.splits)
+    page = (config.output / "report.md").read_text()
+    assert f"from the report `{finished.config.output}`" in page and "λ was chosen on" not in page
 
 
 def test_a_report_without_the_arm_is_refused_before_anything_is_written(
