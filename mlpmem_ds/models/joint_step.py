@@ -335,11 +335,9 @@ class Step:
         """The weights, 0 where they are below the threshold or foreseen to be."""
         if self.threshold is None or skips is None:
             return lmbdas
-        each = lmbdas if isinstance(lmbdas, torch.Tensor) else torch.tensor(lmbdas, device=skips.device)
-        if len(self.memories) == 1:
-            skips = skips[..., 0]
-            each = each.expand(skips.shape) if each.ndim == 0 else each
-        return torch.where(skips | (each < self.threshold), 0.0, each)
+        each = _of_each(lmbdas, skips, len(self.memories))
+        each = torch.where(skips | (each < self.threshold), 0.0, each)
+        return each[..., 0] if len(self.memories) == 1 else each
 
     def _count(self, skips: torch.Tensor) -> None:
         for memory, skip in zip(self.memories, skips.unbind(-1), strict=True):
@@ -393,13 +391,13 @@ def _on(inputs: GateInputs, device: torch.device) -> GateInputs:
     return GateInputs(**{name: moved(value) for name, value in vars(inputs).items()})
 
 
-def _of_each(lmbdas: float | torch.Tensor, base_logits: torch.Tensor, num_memories: int) -> torch.Tensor:
-    """The weight of each memory at each position, [..., M]."""
-    shape = (*base_logits.shape[:-1], num_memories)
+def _of_each(lmbdas: float | torch.Tensor, like: torch.Tensor, num_memories: int) -> torch.Tensor:
+    """The weight of each memory, [..., M], at each row of `like`, [..., any], and on its device."""
+    shape = (*like.shape[:-1], num_memories)
     if not isinstance(lmbdas, torch.Tensor):
-        return base_logits.new_full(shape, lmbdas / num_memories, dtype=torch.float32)
-    is_of_rows = num_memories == 1 and lmbdas.shape == base_logits.shape[:-1]
-    return (lmbdas[..., None] if is_of_rows else lmbdas).to(base_logits.device).expand(shape)
+        return like.new_full(shape, lmbdas / num_memories, dtype=torch.float32)
+    is_of_rows = num_memories == 1 and lmbdas.shape == like.shape[:-1]
+    return (lmbdas[..., None] if is_of_rows else lmbdas).to(like.device).expand(shape)
 
 
 def _unknown_where(skips: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

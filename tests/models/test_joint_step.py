@@ -117,6 +117,17 @@ def test_rows_below_the_threshold_are_the_bases_and_are_not_run(num_memories: in
 
 
 @torch.no_grad()
+def test_memories_that_share_one_weight_are_cut_by_their_own_part_of_it() -> None:
+    joint, ids_BS = tiny_joint("gpt2", 0.4, num_memories=2), random_ids()
+    whole = joint(ids_BS).logits
+    for threshold in (0.0, 0.1, 0.2):
+        joint.base_only_threshold = threshold
+        torch.testing.assert_close(joint(ids_BS).logits, whole, rtol=1e-5, atol=1e-5)
+    joint.base_only_threshold = 0.3
+    assert torch.equal(joint(ids_BS).logits, joint.base(ids_BS).logits)
+
+
+@torch.no_grad()
 def test_a_decoding_step_that_foresees_no_memory_runs_none() -> None:
     joint, ids_BS = with_history("llama"), random_ids(1, 9)
     rows, options = runs_of(joint), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
