@@ -63,8 +63,10 @@ class GateRows:
 
 @torch.no_grad()
 def best_weights(rows: GateRows) -> tuple[float, ...]:
-    """The fixed weights [M] of the lowest loss, by expectation maximization: the loss is convex in them, so
-    that any start gives the same."""
+    """The fixed weights [M] of the lowest loss, in millionths that sum to 1 at most.
+
+    By expectation maximization: the loss is convex in them, so that any start gives the same.
+    """
     logs_NK = torch.cat([rows.log_base_N[:, None], rows.log_memories_NM], dim=1)
     scaled_NK = (logs_NK - logs_NK.amax(dim=1, keepdim=True)).exp()
     weights_K = torch.full((logs_NK.shape[1],), 1 / logs_NK.shape[1], dtype=torch.float64)
@@ -74,7 +76,10 @@ def best_weights(rows: GateRows) -> tuple[float, ...]:
         weights_K = weights_K / weights_K.sum()
         if float((weights_K - before_K).abs().max()) < _EM_CHANGE:
             break
-    return tuple(round(float(weight), 6) for weight in weights_K[1:])
+    millionths = [round(1e6 * float(weight)) for weight in weights_K[1:]]
+    excess = max(sum(millionths) - 1_000_000, 0)
+    millionths[millionths.index(max(millionths))] -= excess
+    return tuple(count / 1e6 for count in millionths)
 
 
 @dataclass(frozen=True, kw_only=True)

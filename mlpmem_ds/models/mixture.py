@@ -15,7 +15,7 @@ memories of a bank, H numbers of a history.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -38,6 +38,12 @@ def checked_lmbda(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise ValueError(f"λ (lmbda) is the memory's share of the mixture: a number in [0, 1], not {value!r}")
     return float(value)
+
+
+def share_of_all(lmbdas: Iterable[float]) -> float:
+    """λ of several memories together: the sum of their weights, of which rounding may have made more than
+    1."""
+    return min(sum(lmbdas), 1.0)
 
 
 def log_mixture(base: torch.Tensor, memory: torch.Tensor, lmbda: float | torch.Tensor) -> torch.Tensor:

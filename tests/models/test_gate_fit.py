@@ -50,6 +50,18 @@ def test_best_weights_are_those_of_a_search(num_memories: int) -> None:
     assert max(best_weights(useless)) < 1e-3 and min(best_weights(useless)) >= 0
 
 
+def test_rounded_weights_are_no_more_than_all_there_is() -> None:
+    """Each token is said by one memory alone: the best weights are the shares of the tokens."""
+    for shares in ((0.3333337, 0.3333337, 0.3333326), (0.1428577, 0.1428577, 0.7142846), (0.2, 0.7, 0.1)):
+        logs_NK = torch.full((3, 4), -60.0, dtype=torch.float64)
+        logs_NK[:, 1:].fill_diagonal_(0.0)
+        rows = uniform_rows(torch.empty(3, 0), *logs_NK.unbind(1))
+        found = best_weights(dataclasses.replace(rows, shares_N=torch.tensor(shares, dtype=torch.float64)))
+        assert found == pytest.approx(shares, abs=1.1e-6)
+        assert found == tuple(round(weight, 6) for weight in found)
+        assert sum(round(1e6 * weight) for weight in found) == 1_000_000
+
+
 def test_the_loss_and_its_gradient_are_those_of_the_definition() -> None:
     rows = random_rows(2)
     gate = ConfidencesGate(lmbdas=(0.2, 0.5)).double()

@@ -11,6 +11,7 @@ from mlpmem_ds.formats.evaluation import Evaluation, Report, open_report
 from mlpmem_ds.formats.gates import FittedGate
 from mlpmem_ds.formats.trained_models import TrainedMemory
 from mlpmem_ds.models.memory_config import DEFAULT_LAMBDA
+from mlpmem_ds.models.mixture import share_of_all
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def choose_lambda(
             )
         return reported
     if gate is not None:
-        return min(sum(gate.manifest.fixed), 1.0), "the best fixed weight of the gate's texts"
+        return share_of_all(gate.manifest.fixed), "the best fixed weight of the gate's texts"
     _logger.warning(
         "no λ was given: it is %g, which was not tuned; it can be changed at any time", DEFAULT_LAMBDA
     )

@@ -25,7 +25,7 @@ from mlpmem_ds.formats.evaluation import (
 )
 from mlpmem_ds.formats.gates import WeightFigures
 from mlpmem_ds.maths.scores import bits_per_byte, bootstrap_interval, perplexity, win_rate
-from mlpmem_ds.models.mixture import Grid
+from mlpmem_ds.models.mixture import Grid, share_of_all
 from mlpmem_ds.models.mixture_scores import lambda_curve, mixed_scores
 from mlpmem_ds.stages.report.breakdowns import Groups, breakdown, calibration
 
@@ -160,7 +160,7 @@ def _choose(base: ArmScores, arm: ArmScores, comparison: Comparison) -> _Choice:
         return _Choice(lmbda=None, column=None, chosen={}, curve=None)
     if arm.weights is not None:
         chosen = arm.weights.chosen
-        lmbda = sum(chosen.values()) if chosen else None
+        lmbda = share_of_all(chosen.values()) if chosen else None
         return _Choice(lmbda=lmbda, column=None, chosen=chosen, curve=None)
     base_N, scores_NT = base.scores[comparison.tuning], arm.scores[comparison.tuning]
     grid_G = np.array(comparison.grid.lambdas)

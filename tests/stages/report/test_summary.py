@@ -258,6 +258,16 @@ def test_given_weights_are_those_of_each_position(arms):
     )
 
 
+def test_fixed_weights_of_a_bank_that_are_all_there_is_are_a_share_of_1(arms):
+    chosen = dict(zip("abcd", (0.036792, 0.71023, 0.07393, 0.179048), strict=True))
+    assert sum(chosen.values()) > 1  # as floats are added
+    lambdas = {split: np.ones(size) for split, size in SPLITS.items()}
+    given = GivenWeights(lambdas=lambdas, figures={}, chosen=chosen)
+    bank = replace(arms[2], name="base+memories", weights=given)
+    found = {arm.name: arm for arm in summarize([*arms, bank], COMPARISON).arms}["base+memories"]
+    assert (found.lmbda, found.chosen) == (1.0, chosen)
+
+
 def test_without_a_memory_or_a_gain_there_is_no_share(arms):
     alone = summarize(arms[:2], replace(ALONE, reference="base+knn_exact"))
     assert alone.recovered_share is None
