@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="code-of-exports-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM  # noqa: E402
 
 from mlpmem_ds.core.files import publish_json, read_sealed_json  # noqa: E402
 from mlpmem_ds.core.world import World  # noqa: E402
@@ -229,6 +229,26 @@ def save_base(path: Path, *, seed: int = 0, num_layers: int = 2) -> Path:
         initializer_range=0.3,
     )
     GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+def save_narrow_base(path: Path) -> Path:
+    """A random OPT for the toy vocabulary whose head reads 8 of its layers' 16 numbers."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=64,
+        hidden_size=16,
+        word_embed_proj_dim=8,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        init_std=0.3,
+    )
+    OPTForCausalLM(config).save_pretrained(path)
     return path
 
 

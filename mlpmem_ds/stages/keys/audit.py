@@ -130,7 +130,7 @@ def measure(
     offset_D = query_states.mean(axis=0)
     reference = _Arm(
         name="raw",
-        dim=source.width,
+        dim=query_states.shape[1],
         bytes=0,
         energy_kept=1.0,
         scale=1.0,

@@ -50,6 +50,11 @@ class Bases:
         return self.key_source is self.input_source
 
     @property
+    def key_width(self) -> int:
+        """Numbers in a raw key."""
+        return state_width(self.key_source, self.key_point)
+
+    @property
     def input_width(self) -> int:
         """Numbers in a memory input."""
         return state_width(self.input_source, self.input_point)
@@ -96,7 +101,7 @@ def open_inputs(config: Config, world: World) -> ExtractionInputs:
         corpus=corpus,
         bases=bases,
         hashes=hashes,
-        dim=_resolve_dim(config, bases.key_source),
+        dim=_resolve_dim(config, bases.key_width),
         unit_positions=unit_positions,
     )
 
@@ -112,7 +117,7 @@ def describe_keys(config: Config, inputs: ExtractionInputs, codec: CodecManifest
         block_size=corpus.block_size,
         vocab_size=corpus.vocab_size,
         vocabulary_sha256=corpus.vocabulary_sha256,
-        key_size=bases.key_source.width,
+        key_size=bases.key_width,
         key_layer=bases.key_point.layer,
         key_point=bases.key_point.point,
         num_layers=bases.key_source.num_layers,
@@ -238,14 +243,15 @@ def _try_reading(bases: Bases, corpus: CorpusSplit) -> None:
     check_log_probabilities(scores_N.cpu().numpy(), positions)
 
 
-def _resolve_dim(config: Config, source: StateSource) -> int:
+def _resolve_dim(config: Config, width: int) -> int:
+    """Numbers in a stored key, of a raw one of `width`."""
     for flag, dim in (("--dim", config.dim), *(("--audit-dims", dim) for dim in config.audit_dims)):
-        if dim is not None and dim > source.width:
-            raise UserError(f"{flag} {dim} is more than the model's width {source.width}")
+        if dim is not None and dim > width:
+            raise UserError(f"{flag} {dim} is more than the {width} numbers of a raw key")
     if config.codec == "raw":
-        if config.dim not in (None, source.width):
-            raise UserError(f"--codec raw keeps all {source.width} numbers of a key: leave --dim out")
-        return source.width
+        if config.dim not in (None, width):
+            raise UserError(f"--codec raw keeps all {width} numbers of a key: leave --dim out")
+        return width
     if config.raw_dtype != "float16":
         _logger.warning("--raw-dtype is not used without --codec raw")
-    return config.dim or min(source.width, 256)
+    return config.dim or min(width, 256)

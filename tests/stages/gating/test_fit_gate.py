@@ -13,6 +13,7 @@ import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.gates import read_gate
 from mlpmem_ds.formats.keys import open_keys
@@ -21,7 +22,7 @@ from mlpmem_ds.stages.evaluation.splits import Split, open_tuning_split
 from mlpmem_ds.stages.gating import fit_gate, fitting
 from mlpmem_ds.stages.gating.config import Config
 
-from ...conftest import with_vocabulary
+from ...conftest import save_narrow_base, with_vocabulary
 from ..evaluation.conftest import forward_base, load_memory, read_scores, save_baseline, save_memory
 from .conftest import Parts, make_config
 
@@ -182,6 +183,25 @@ def test_a_bank_of_any_kind(parts: Parts, tmp_path: Path, kind: str) -> None:
     if kind == "router":
         states = np.load(next((config.output / "scores").glob("domain0-states-*.npy")))
         assert states.shape[1] == 16 * 3 and manifest.gate["base_size"] == 16
+
+
+def test_a_router_of_a_base_whose_head_is_narrower_than_its_layers(
+    parts: Parts, tmp_path: Path, keys_dir: Path
+) -> None:
+    base = str(save_narrow_base(tmp_path / "base"))
+    memory = save_memory(
+        tmp_path / "memory",
+        open_keys(keys_dir),
+        open_corpus(parts.corpus),
+        seed=1,
+        base=fingerprint_model(base),
+    )
+    config = make_config(
+        parts, tmp_path / "gate", model=base, memory=(str(memory),), kind="router", max_epochs=1
+    )
+    fit_gate.run(config, World())
+    states = np.load(next((config.output / "scores").glob("domain0-states-*.npy")))
+    assert states.shape[1] == 8 + 16 and read_gate(config.output).manifest.gate["base_size"] == 8
 
 
 def test_stopping_text_is_whole_documents_or_the_end(

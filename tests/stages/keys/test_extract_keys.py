@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
@@ -22,6 +23,7 @@ from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.keys.extract_keys import Config
 from mlpmem_ds.stages.targets import write_targets
 
+from ...conftest import save_narrow_base
 from .conftest import CODECS
 
 
@@ -178,3 +180,15 @@ def test_a_padded_head_is_recorded(config: Config, tmp_path: Path) -> None:
     extract_keys.run(replace(config, model=str(tmp_path / "padded")), World())
     manifest = open_keys(config.output).manifest
     assert (manifest.vocab_size, manifest.head_size) == (300, 320)
+
+
+def test_keys_behind_the_final_norm_are_as_wide_as_the_head(config: Config, tmp_path: Path) -> None:
+    narrow = replace(config, model=str(save_narrow_base(tmp_path / "base")), key_point="final_norm")
+    extract_keys.run(replace(narrow, audit=20, audit_dims=(4,)), World())
+    manifest = open_keys(config.output).manifest
+    assert (manifest.key_size, manifest.codec.dim) == (8, 8)
+    raw = replace(narrow, codec="raw", output=tmp_path / "raw")
+    extract_keys.run(raw, World())
+    assert open_keys(raw.output).read("keys").shape[1] == 8
+    with pytest.raises(UserError, match="--dim 9 is more than the 8 numbers of a raw key"):
+        extract_keys.run(replace(narrow, dim=9, output=tmp_path / "wide"), World())

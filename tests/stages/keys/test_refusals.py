@@ -104,7 +104,7 @@ def test_log_probabilities_that_are_not_finite_are_refused(config: Config, tmp_p
         ({"audit_candidates": 99}, "--audit-candidates is of --audit: add that, or leave it out"),
         ({"device": "meta"}, "--device meta is not here"),
         ({"input_layer": ()}, "--input-layer needs one layer"),
-        ({"dim": 17}, "more than the model's width 16"),
+        ({"dim": 17}, "more than the 16 numbers of a raw key"),
         ({"dim": 2000}, "--dim must be at least 1 and at most 1040, not 2000"),
         ({"unit_positions": 100}, "multiple of the corpus's block size 32"),
         ({"batch_windows": 0}, "--batch-windows must be at least 1"),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlpmem_ds.engines.hidden_states import state_width
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.gate_features import join_confidences
 from mlpmem_ds.models.gates import LearnedGate
@@ -47,7 +48,7 @@ class StatesArm(Arm):
     def sizes_of_states(self) -> list[int]:
         """D, then H of each memory."""
         return [
-            self.forward_pass.source.width,
+            state_width(self.forward_pass.source, FINAL),
             *(memory.memory.config.hidden_size for memory in self.memories),
         ]
 
