@@ -69,6 +69,8 @@ class CarriedLayer(_Layer):
     def reset(self) -> None:
         """As a new cache: the next token is the first one."""
         self.num_tokens = 0
+        if not self.in_place:
+            self.tensors = ()
         for values in self.tensors:
             values.zero_()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from mlpmem_ds.models.gates import HistoryGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
@@ -81,6 +81,21 @@ def assert_assisted_generation_takes_rejected_tokens_back(joint: MemoryAugmented
     plain = joint.generate(prompt, **options)
     assert torch.equal(joint.generate(prompt, **options, assistant_model=joint.base), plain)
     assert torch.equal(joint.generate(prompt, **options, prompt_lookup_num_tokens=3), plain)
+
+
+@torch.no_grad()
+def assert_a_reset_cache_is_a_new_one(joint: MemoryAugmentedLM) -> None:
+    """Also for another number of sequences."""
+    cache = DynamicCache(config=joint.base.config)
+    for num_sequences in (2, 3):
+        ids_BS = random_ids(num_sequences, 7)
+        parts = [
+            joint(part_BS, past_key_values=cache, use_cache=True).logits
+            for part_BS in ids_BS.split([1, 5, 1], dim=1)
+        ]
+        whole = joint(ids_BS, use_cache=False).logits
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+        cache.reset()
 
 
 def assert_a_step_with_a_static_cache_compiles_whole(

@@ -40,7 +40,7 @@ def test_it_is_reordered_repeated_selected_cropped_and_reset() -> None:
     with pytest.raises(ValueError, match="cropped by 1 tokens, and a reader's note is kept for the last 0"):
         layer.crop(-1)
     layer.reset()
-    assert not layer.tensors[0].any() and not layer.tensors[1].any()
+    assert layer.tensors == () and layer.num_spare == 0
 
 
 def test_in_place_tensors_keep_their_addresses() -> None:
@@ -49,6 +49,8 @@ def test_in_place_tensors_keep_their_addresses() -> None:
     layer.replace((torch.zeros(2, 3, dtype=torch.bool), torch.full((2, 3, 2), 7.0, requires_grad=True)))
     assert layer.tensors[1].data_ptr() == place and layer.tensors[1].unique().tolist() == [7.0]
     assert not layer.tensors[1].requires_grad
+    layer.reset()
+    assert layer.tensors[1].data_ptr() == place and not any(values.any() for values in layer.tensors)
 
 
 @torch.no_grad()

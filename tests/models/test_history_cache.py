@@ -18,6 +18,7 @@ from mlpmem_ds.models.mixture import GateInputs
 from .carried_generation import (
     NEW,
     WAYS,
+    assert_a_reset_cache_is_a_new_one,
     assert_a_step_with_a_static_cache_compiles_whole,
     assert_assisted_generation_takes_rejected_tokens_back,
     assert_every_cache_gives_what_none_gives,
@@ -114,6 +115,10 @@ def test_every_cache_gives_what_none_gives(family: str, way: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_assisted_generation_takes_rejected_tokens_back(family: str) -> None:
     assert_assisted_generation_takes_rejected_tokens_back(with_history(family))
+
+
+def test_a_reset_cache_is_a_new_one() -> None:
+    assert_a_reset_cache_is_a_new_one(with_history("gpt2"))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from mlpmem_ds.models.pretrained_memory import PretrainedMemory
 from mlpmem_ds.models.window_cache import WindowLayer, with_window
 
 from .carried_generation import (
+    assert_a_reset_cache_is_a_new_one,
     assert_a_step_with_a_static_cache_compiles_whole,
     assert_assisted_generation_takes_rejected_tokens_back,
     assert_every_cache_gives_what_none_gives,
@@ -145,6 +146,10 @@ def test_every_cache_gives_what_none_gives(way: str, history: bool) -> None:
 @pytest.mark.parametrize("history", [False, True])
 def test_assisted_generation_takes_rejected_tokens_back(history: bool) -> None:
     assert_assisted_generation_takes_rejected_tokens_back(joint_of("gpt2", history=history))
+
+
+def test_a_reset_cache_is_a_new_one() -> None:
+    assert_a_reset_cache_is_a_new_one(joint_of("gpt2", history=True))
 
 
 @torch.no_grad()
