@@ -346,6 +346,11 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         parent: Any = super()
         return parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        """Of transformers' `generate`: false for a base with a cache of its own kind, such as MiniMax."""
+        base: Any = self.base
+        return bool(base._supports_default_dynamic_cache())
+
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Of transformers' assisted generation. Raises ValueError for one that leaves layers out."""
         if generation_config.assistant_early_exit is not None:
