@@ -26,8 +26,8 @@ Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 _MAX_ROWS = 1024
 _ROWS_OF_BLOCK = 16
-_MIN_LOGIT = torch.finfo(torch.float32).min  # for the greatest logit of a tile that is all -inf
-_MIN_LOGIT = -1e4  # exp of it is 0 in float32, and 0 times it is 0, which 0 times -inf is not
+_MIN_GREATEST = torch.finfo(torch.float32).min  # the greatest logit of a tile that is all -inf
+_MIN_EXPONENT = -1e4  # exp of it is 0 in float32, and 0 times it is 0, which 0 times -inf is not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,13 @@ def head_scores(
         for columns, logits_CT in _tiles(hidden_CD, weight_VD, bias, transform):
             named_CJ = _pick(named_CJ, logits_CT, tokens_CJ, columns)
             greatest_C, place_C = logits_CT.max(1)
-            greatest_C = greatest_C.clamp_min(_MIN_LOGIT)
+            greatest_C = greatest_C.clamp_min(_MIN_GREATEST)
             logits_CT.sub_(greatest_C[:, None])
             exponentials_CT = logits_CT.exp()
             greatest.append(greatest_C.double())
             places.append(place_C + columns.start)
             sums.append(exponentials_CT.sum(1).double())
-            products.append(exponentials_CT.mul_(logits_CT.clamp_(min=_MIN_LOGIT)).sum(1).double())
+            products.append(exponentials_CT.mul_(logits_CT.clamp_(min=_MIN_EXPONENT)).sum(1).double())
         greatest_TC = torch.stack(greatest)
         log_sums_C = torch.logsumexp(greatest_TC + torch.stack(sums).log(), dim=0)
         top_C, tile_C = greatest_TC.max(0)
@@ -151,7 +151,7 @@ def _log_probabilities_of_tiles(tiles: Iterable[tuple[slice, Tensor]], tokens_CJ
     log_sums = []
     for columns, logits_CT in tiles:
         named_CJ = _pick(named_CJ, logits_CT, tokens_CJ, columns)
-        greatest_C1 = logits_CT.amax(1, keepdim=True).clamp_min(_MIN_LOGIT)
+        greatest_C1 = logits_CT.amax(1, keepdim=True).clamp_min(_MIN_GREATEST)
         log_sums.append(greatest_C1[:, 0].double() + logits_CT.sub_(greatest_C1).exp_().sum(1).double().log())
     return (named_CJ - torch.logsumexp(torch.stack(log_sums), dim=0)[:, None]).float()
 

@@ -54,6 +54,24 @@ def test_impossible_tokens_and_certainty():
     assert scores.log_probabilities_NJ[0, 0] < -1e29 and scores.log_probabilities_NJ[1, 0] == 0
 
 
+def test_logits_far_below_zero_are_logits_as_any_others():
+    """And so are tiles in which no token is possible."""
+    hidden, weight, tokens, bias = problem()
+    bias = bias - 2e4
+    bias[:1500] = float("-inf")  # the first tile, and a part of the second
+    tokens = tokens % 800 + 1500
+    log_p = (hidden.double() @ weight.double().t() + bias).log_softmax(1)
+    scores = head_scores(hidden, weight, tokens, bias=bias)
+    named = token_log_probabilities(hidden, weight, tokens, bias=bias)
+    rounding = 0.01  # of float32 logits near -2e4
+    for found in (scores.log_probabilities_NJ, named):
+        assert (found - log_p.gather(1, tokens)).abs().max() < rounding
+    assert (scores.top_N - log_p.max(1).values).abs().max() < rounding
+    assert (log_p.gather(1, scores.top_ids_N[:, None])[:, 0] - log_p.max(1).values).abs().max() < rounding
+    entropies_N = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(1)
+    assert (scores.entropies_N - entropies_N).abs().max() < rounding
+
+
 def test_the_same_labels_as_the_cheaper_function():
     hidden, weight, tokens, bias = problem()
     expected = label_log_probabilities(hidden, weight, tokens[:, 0], bias=bias)
