@@ -396,7 +396,9 @@ def write_lines(path: Path, records: Sequence[Any]) -> Path:
     return path
 
 
-def save_export(root: Path, base_dir: Path, corpus_dir: Path, *, lmbda: float) -> Path:
+def save_export(
+    root: Path, base_dir: Path, corpus_dir: Path, *, lmbda: float, threshold: float | None = None
+) -> Path:
     """A joint model of the toy base and a random memory, with the corpus's tokenizer."""
     torch.manual_seed(4)
     shape = MemoryConfig(
@@ -408,12 +410,14 @@ def save_export(root: Path, base_dir: Path, corpus_dir: Path, *, lmbda: float) -
         initializer_range=0.4,
     )
     tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
-    joined(
+    joint = joined(
         GPT2LMHeadModel.from_pretrained(base_dir).eval(),
         Memory(shape),
         lmbda=lmbda,
         input_point=CapturePoint(layer=0),
         vocabulary_sha256=vocabulary_sha256(tokenizer),
-    ).save_pretrained(root)
+    )
+    joint.base_only_threshold = threshold
+    joint.save_pretrained(root)
     tokenizer.save_pretrained(root)
     return root

@@ -48,6 +48,8 @@ class Source:
     """tokens that the base reads"""
     parts: ExportInputs | None
     """None: an export"""
+    lmbda: float | None
+    """the memory's weight, in the place of an export's own gate, and then without its threshold"""
 
     @property
     def base_sha256(self) -> str | None:
@@ -82,7 +84,9 @@ class Source:
                 device_map=device_map,
                 quantization=quantization,
             )
-            if options.base_only_threshold is not None:
+            if self.lmbda is not None:
+                joint.lmbda = self.lmbda
+            if self.lmbda is not None or options.base_only_threshold is not None:
                 joint.base_only_threshold = options.base_only_threshold
             return joint
         weights_dtype = DTYPES[resolve_dtype(dtype, device)]
@@ -102,7 +106,8 @@ class Source:
 
 
 def open_source(options: JointOptions, *, lmbda: float | None = None) -> Source:
-    """Find and check what the flags name; `lmbda` is the weight of memories without a gate.
+    """Find and check what the flags name; `lmbda` is the weight that a flag names, None: the export's own
+    gate, or that of --gate.
 
     Raises:
         UserError: there is no such model, or its parts do not belong together.
@@ -112,11 +117,11 @@ def open_source(options: JointOptions, *, lmbda: float | None = None) -> Source:
             options.model, or_else=", or add --memory, which is joined with it here"
         )
         context = getattr(settings, "max_position_embeddings", None)
-        return Source(options=options, tokenizer=tokenizer, context=context, parts=None)
+        return Source(options=options, tokenizer=tokenizer, context=context, parts=None, lmbda=lmbda)
     parts = _open_trained(options, lmbda)
     text = AutoConfig.from_pretrained(options.model).get_text_config(decoder=True)
     context = getattr(text, "max_position_embeddings", None)
-    return Source(options=options, tokenizer=parts.tokenizer, context=context, parts=parts)
+    return Source(options=options, tokenizer=parts.tokenizer, context=context, parts=parts, lmbda=lmbda)
 
 
 def _open_trained(options: JointOptions, lmbda: float | None) -> ExportInputs:

@@ -77,7 +77,7 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     model = _load(config, source, world)
     if config.memory_weights == "int8":
         model.quantize_memory()
-    gate = model.gate if config.lmbda is None else Constant(config.lmbda)
+    gate = model.gate
     warn_of_fixed_weights(config.base_only_threshold, [gate], len(model.memories))
     generation = _generation_config(config, model, tokenizer, further_end)
     if config.stream and write is not None:

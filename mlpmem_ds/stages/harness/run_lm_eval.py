@@ -55,6 +55,8 @@ def run(config: Config, world: World) -> str | None:
     model.generation_config = GenerationConfig(**token_settings(settings_of_export(model, tokenizer)))
     own: tuple[StoredGate, ...] = (Constant(0.0), model.gate)
     gates = tuple(grid_of(config.lambdas)) if config.lambdas else tuple(dict.fromkeys(own))
+    if config.lambdas:
+        model.base_only_threshold = config.base_only_threshold  # an export's is of its own gate
     warn_of_fixed_weights(config.base_only_threshold, gates, len(model.memories))
     results: dict[StoredGate, dict[str, dict[str, Any]]] = {}
     for gate in gates:

@@ -55,7 +55,7 @@ class Arm(Reader):
     part: str = "whole"
     """of an export: `base` alone, or the `whole`"""
     gate: StoredGate | None = None
-    """of base and memory; None = the export's own"""
+    """of base and memory, without a threshold; None = the export's own, with its threshold"""
 
 
 ReaderT = TypeVar("ReaderT", bound=Reader)
@@ -144,7 +144,9 @@ class Answerers:
         model, encoder = self._load(arm.model, arm.flag)
         base_alone = arm.part == "base"
         if hasattr(model, "set_gate") and not base_alone:
-            model.set_gate(self._own_gate if arm.gate is None else arm.gate)
+            is_own = arm.gate is None
+            model.set_gate(self._own_gate if is_own else arm.gate)
+            model.base_only_threshold = self._own_threshold if is_own else None
         return ready_answerer(model, encoder, base_alone=base_alone)
 
     def context_limits(self, arms: Sequence[Arm]) -> list[ContextLimit]:
@@ -168,7 +170,7 @@ class Answerers:
             return load_plain(place, flag, config.dtype, config.special_tokens, self.device)
         _, tokenizer = read_export(place)
         model = load_model(place, device=self.device, dtype=config.dtype)
-        self._own_gate = model.gate
+        self._own_gate, self._own_threshold = model.gate, model.base_only_threshold
         return model, open_encoder(
             tokenizer, label=f"the tokenizer of {flag}", special_tokens=config.special_tokens
         )

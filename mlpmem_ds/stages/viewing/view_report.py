@@ -18,7 +18,6 @@ from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus, vocabulary_sha256
 from mlpmem_ds.formats.evaluation import Report, open_report
 from mlpmem_ds.formats.text_encoding import NotTextError, decode_text
 from mlpmem_ds.formats.window_tokens import begins_with
-from mlpmem_ds.models.mixture import Constant
 from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 from mlpmem_ds.stages.generation.exported_model import Source, open_source
 from mlpmem_ds.stages.viewing.config import Config
@@ -40,8 +39,6 @@ def run(config: Config, world: World) -> None:
     _check_base(config, report, source)
     texts = list(_texts(config, source.tokenizer, source.context))
     model = source.load(device=device_of_rank(config.device, world), dtype=config.dtype, device_map=None)
-    if config.lmbda is not None:
-        model.set_gate(Constant(config.lmbda))
     warn_of_fixed_weights(config.base_only_threshold, [model.gate], len(model.memories))
     passages = []
     for number, (title, ids, num_context) in enumerate(texts, start=1):

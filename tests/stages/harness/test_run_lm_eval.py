@@ -21,7 +21,7 @@ from mlpmem_ds.stages.harness import run_lm_eval
 from mlpmem_ds.stages.harness.run_lm_eval import Config, build_tasks
 
 from ...lm_harness import leave_out_its_tasks, needs_harness
-from ..conftest import write_lines
+from ..conftest import save_export, write_lines
 
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version"}
 ROOT = Path(__file__).parents[3]
@@ -102,6 +102,25 @@ def test_each_lambda_is_scored_by_its_own_model(
     run_lm_eval.run(Config(model=str(export_dir), questions=questions, **flags), World())
     assert caplog.text.count("it leaves the memory out everywhere, because its weight is 0.1") == 1
     assert [lmbda for lmbda, *_ in seen[2:]] == [0.9, 0.1]
+
+
+def test_a_named_lambda_is_meant_without_the_exports_threshold(
+    base_dir: Path, corpus_dir: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = save_export(tmp_path / "export", base_dir, corpus_dir, lmbda=0.25, threshold=0.5)
+    seen = []
+
+    def score(model: MemoryAugmentedLM, *_: Any, **__: Any) -> dict[str, Any]:
+        seen.append((model.lmbda, model.base_only_threshold))
+        return {"task": {"acc,none": 0.0}}
+
+    monkeypatch.setattr(run_lm_eval, "require_harness", lambda: None)
+    monkeypatch.setattr(run_lm_eval, "load_tasks", lambda *_, **__: None)
+    monkeypatch.setattr(run_lm_eval, "score_tasks", score)
+    named: dict[str, Any] = {"lambdas": ("0.125",)}
+    for flags in ({}, named, named | {"base_only_threshold": 0.75}):
+        run_lm_eval.run(Config(model=str(export), questions=questions, **flags), World())
+    assert seen == [(0.0, 0.5), (0.25, 0.5), (0.125, None), (0.125, 0.75)]
 
 
 def test_without_the_harness_the_front_end_names_the_command(

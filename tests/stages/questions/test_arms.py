@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from mlpmem_ds.models.generation_settings import end_tokens
 from mlpmem_ds.stages.questions.answering import Answerer, answer
-from mlpmem_ds.stages.questions.arms import Answerers, list_arms
+from mlpmem_ds.stages.questions.arms import Answerers, Arm, list_arms
 from mlpmem_ds.stages.questions.config import Config
 
 from ..conftest import save_export, write_lines
@@ -70,3 +70,18 @@ def test_the_base_alone_stops_where_the_export_says(chat_export: Path, tmp_path:
     found = answerers(chat_export, tmp_path)
     [alone] = answer(found["base"], [PROMPT], 6)
     assert (alone.text, alone.num_tokens) == ("", 1)
+
+
+def test_a_named_weight_is_meant_without_the_exports_threshold(
+    base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    export = save_export(tmp_path / "export", base_dir, corpus_dir, lmbda=0.7, threshold=0.6)
+    config = Config(
+        model=str(export), questions=(tmp_path / "q",), output=tmp_path, lambdas=("0.5",), dtype="float32"
+    )
+    models, ids = Answerers(config, torch.device("cpu")), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        base, mixed = (models.of(arm).model(ids).logits.softmax(-1) for arm in list_arms(config))
+    assert float((base - mixed).abs().max()) > 0.01
+    own = models.of(Arm(name="base+memory", description="", model=str(export), flag="--model")).model
+    assert (own.lmbda, own.base_only_threshold) == (0.7, 0.6)
