@@ -25,4 +25,5 @@
 - `adapters`: low-rank matrices next to a model's layers, with peft
 - `terminal`: one screen that is drawn anew, with rich
 - `lm_eval`, `suite_tasks`, `plotting`: the evaluation harness, and its tasks one by one; matplotlib
+- `finite_scores`: what a model says of answers is refused where it is no number
 """

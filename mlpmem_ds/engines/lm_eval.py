@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.engines.finite_scores import check_finite, refuse_overflow
 from mlpmem_ds.engines.tokenizer import TextEncoder, require_end
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def score_tasks(
         context: tokens that the model reads; None = as its configuration says.
 
     Raises:
-        UserError: a text cannot be scored: longer than the context, or without tokens.
+        UserError: a text cannot be scored: longer than the context, or without tokens; or a score is not
+            finite.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -289,6 +291,14 @@ class _TextsByEncoder(_Harness):
                     " smaller max_gen_toks"
                 )
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **settings: Any) -> Any:
+        found = super()._loglikelihood_tokens(requests, *args, **settings)
+        check_finite(torch.tensor([log_probability for log_probability, _ in found]))
+        return found
+
+    def _model_generate(self, *args: Any, **settings: Any) -> Any:
+        return super()._model_generate(*args, logits_processor=[refuse_overflow], **settings)
 
     @property
     def _ends(self) -> list[int]:

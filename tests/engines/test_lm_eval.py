@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -263,3 +264,27 @@ def test_the_files_of_the_harness_are_not_read_for_tasks_that_are_loaded(
     tasks = load_tasks([ranking(record("a"))])
     monkeypatch.setattr(_index, "load_yaml", lambda path, **_: pytest.fail(f"{path} is read"))
     score_tasks(model, encoder_of("byte_level"), tasks, batch_size=2, context=CONTEXT)
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "output_type": "generate_until",
+            "doc_to_target": "query",
+            "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 2},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        },
+    ],
+)
+def test_an_overflow_is_no_score(
+    changes: dict[str, Any], ranking: Callable[..., dict[str, Any]], model: LlamaForCausalLM
+) -> None:
+    damaged = copy.deepcopy(model)
+    with torch.no_grad():
+        damaged.lm_head.weight.fill_(torch.inf)
+    tasks = load_tasks([ranking(record("one"), record("two"), **changes)])
+    with pytest.raises(UserError, match="of the model are not finite: its weights are damaged, or --dtype"):
+        score_tasks(damaged, encoder_of("byte_level"), tasks, batch_size=2, context=CONTEXT)

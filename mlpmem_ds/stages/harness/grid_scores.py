@@ -21,6 +21,7 @@ import torch
 from transformers import cache_utils
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.finite_scores import check_distributions
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.models.carried_layers import CarriedLayer
 from mlpmem_ds.models.mixture import NOTHING, GateInputs, Grid, StoredGate, log_mixture
@@ -73,7 +74,7 @@ def score_continuations(
         with_greedy: also look for the likeliest tokens, which takes the whole vocabulary for each weight.
 
     Raises:
-        UserError: a continuation is longer than the model reads.
+        UserError: a continuation is longer than the model reads, or base or memory says what is no number.
     """
     pairs = [encode_pair(answerer.encoder, context, text) for text in continuations]
     afters = [after for _, after in pairs]
@@ -179,11 +180,14 @@ class _Reading:
         if self._shown is not None:
             assert self._shown.inputs.base_logits is not None
             base, memories = self._shown.inputs.base_logits, tuple(self._shown.inputs.memory_logits)
+        base_BKV = torch.log_softmax(base.float(), -1)
+        check_distributions(base_BKV, of="the base" if memories else "the model")
         memory = None
         if memories:  # those of a bank share the weight equally
             logs = torch.stack([torch.log_softmax(each.float(), -1).to(base.device) for each in memories])
+            check_distributions(logs, of="a memory")
             memory = torch.logsumexp(logs, dim=0) - math.log(len(memories))
-        return (torch.log_softmax(base.float(), -1), memory), output.get("past_key_values")
+        return (base_BKV, memory), output.get("past_key_values")
 
 
 # `DummyLayer`, which older versions lack, holds nothing itself; what a joint model carries is one.

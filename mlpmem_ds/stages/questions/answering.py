@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.engines.finite_scores import check_distributions, refuse_overflow
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import TextEncoder
 from mlpmem_ds.models.generation_settings import end_tokens
@@ -74,7 +75,7 @@ def answer(
     The time to the first token is the batch's, and each answer has an equal share of its seconds.
 
     Raises:
-        UserError: the model reads too few tokens for a prompt and an answer.
+        UserError: the model reads too few tokens for a prompt and an answer, or says what is no number.
     """
     if fault := fault_of_answers(answerer.context_limit, max_new_tokens):
         raise UserError(fault)
@@ -92,6 +93,7 @@ def answer(
             attention_mask=mask_BS,
             generation_config=generation,
             streamer=clock,
+            logits_processor=[refuse_overflow],
             stopping_criteria=StoppingCriteriaList([ends_of_answers]),
         )
     answers = []
@@ -120,7 +122,7 @@ def score_choices(
     it and a choice.
 
     Raises:
-        UserError: a choice is longer than the model reads.
+        UserError: a choice is longer than the model reads, or the model says what is no number.
     """
     rows: list[_Row] = []
     for prompt, choices in questions:
@@ -160,6 +162,7 @@ def _score_rows(answerer: Answerer, rows: Sequence[_Row]) -> list[Choice]:
     for logits_SV, row in zip(logits_BSV, rows, strict=True):
         ids, count = row.ids, row.num_scored
         log_SV = logits_SV[len(ids) - count - 1 : len(ids) - 1].float().log_softmax(dim=-1)
+        check_distributions(log_SV)
         continuation_S = torch.tensor(ids[-count:], device=log_SV.device)
         log_p = float(log_SV.gather(1, continuation_S[:, None]).double().sum())
         is_greedy = bool((log_SV.argmax(dim=-1) == continuation_S).all())

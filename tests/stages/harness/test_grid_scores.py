@@ -186,3 +186,17 @@ def test_a_long_context_loses_its_beginning(export_dir: Path) -> None:
         with torch.no_grad():
             logs = model(torch.tensor([ids])).logits[0, -len(after) - 1 : -1].log_softmax(-1)
         assert log == pytest.approx(float(logs.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-4)
+
+
+def test_an_overflow_of_either_is_refused(export_dir: Path) -> None:
+    said = "log-probabilities of {} are not finite: its weights are damaged, or --dtype float32 is needed"
+    model = MemoryAugmentedLM.from_pretrained(export_dir)
+    answerer = answerer_of(export_dir, model)
+    with torch.no_grad():
+        model.memory.head.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=said.format("a memory")):
+        score_continuations(answerer, "for value", CONTINUATIONS, Weighting())
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=said.format("the base")):
+        score_continuations(answerer, "for value", CONTINUATIONS, Weighting())
