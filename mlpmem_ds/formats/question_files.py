@@ -36,6 +36,8 @@ class Question:
     answers: tuple[str, ...]
     gold: int = 0
     """index of the right choice"""
+    group: str | None = None
+    """what questions about one thing have in common, if the file says it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ ABOVE_OPEN_QUESTIONS = "Answer these questions:\n\n"
 def open_prompt(record: Mapping[str, Any]) -> str:
     """How an open question is asked, as NQ-open's task of the lm-evaluation-harness asks it: that puts a mark
     behind its questions, which have none; so one that has its own is asked with one too."""
-    return f"Q: {record['question'].rstrip('?')}?\nA:"
+    return f"Q: {_with_one_mark(record['question'])}\nA:"
 
 
 def _of_answers(record: dict[str, Any]) -> Question:
@@ -100,7 +102,11 @@ def yes_no_prompt(record: Mapping[str, Any]) -> str:
     """How a question of truth is asked, behind its passage if it has one; the suites' tasks BoolQ and
     StrategyQA name this function."""
     passage = f"{record['passage']}\n" if record.get("passage") else ""
-    return f"{passage}Question: {record['question'].rstrip('?')}?\nAnswer:"
+    return f"{passage}Question: {_with_one_mark(record['question'])}\nAnswer:"
+
+
+def _with_one_mark(question: str) -> str:
+    return f"{question.rstrip().rstrip('?')}?"
 
 
 def _of_truth(record: dict[str, Any]) -> Question:
@@ -128,7 +134,11 @@ def _of_targets(record: dict[str, Any]) -> Question:
 
 def _of_choices(record: dict[str, Any]) -> Question:
     return Question(
-        kind="choice", prompt=record["query"], answers=tuple(record["choices"]), gold=record["gold"]
+        kind="choice",
+        prompt=record["query"],
+        answers=tuple(record["choices"]),
+        gold=record["gold"],
+        group=record.get("group"),
     )
 
 

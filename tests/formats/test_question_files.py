@@ -26,8 +26,12 @@ LAYOUTS = {
         {"question": "who", "answer": "a"},
         Question(kind="open", prompt="Q: who?\nA:", answers=("a",)),
     ),
+    "blanks behind the mark": (
+        {"question": "who is it?? ", "answer": "a"},
+        Question(kind="open", prompt="Q: who is it?\nA:", answers=("a",)),
+    ),
     "truth": (
-        {"question": "is it", "answer": False, "passage": "It is not."},
+        {"question": "is it? ", "answer": False, "passage": "It is not."},
         Question(
             kind="choice", prompt="It is not.\nQuestion: is it?\nAnswer:", answers=("yes", "no"), gold=1
         ),
@@ -39,6 +43,10 @@ LAYOUTS = {
     "choices": (
         {"query": "do", "choices": ["x", "y"], "gold": 0},
         Question(kind="choice", prompt="do", answers=("x", "y"), gold=0),
+    ),
+    "grouped choices": (
+        {"query": "do", "choices": ["x", "y"], "gold": 1, "group": "one"},
+        Question(kind="choice", prompt="do", answers=("x", "y"), gold=1, group="one"),
     ),
     "label": (
         {"text": "fine", "label": 1, "labels": ["bad", "good"]},

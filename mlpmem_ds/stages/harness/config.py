@@ -85,7 +85,7 @@ class Config(JointOptions):
     output: Path | None = option(
         "JSON file to write; one that exists is not replaced. With --suite: directory", None
     )
-    dtype: shared_flags.Dtype = shared_flags.dtype("own")
+    dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
     device: str = shared_flags.device()
     device_map: shared_flags.DeviceMap = shared_flags.device_map()
 

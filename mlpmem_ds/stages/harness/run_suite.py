@@ -25,6 +25,7 @@ from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.hidden_states import resolve_dtype
 from mlpmem_ds.engines.passage_index import require_bm25s
 from mlpmem_ds.engines.suite_tasks import Document, Generation, Result, SuiteTask
 from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
@@ -106,6 +107,7 @@ def run_suite(config: Config, world: World) -> str | None:
             **({} if corpus is None else {"passages": corpus.sha256}),
         },
         world=world,
+        resolved={"dtype": resolve_dtype(config.dtype, device)},
         flags=_BINDING,
     )
     for name, reason in chosen.left_out.items():

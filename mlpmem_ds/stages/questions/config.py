@@ -61,7 +61,7 @@ class Config(Flags):
     )
     unit_questions: int = option("questions in a unit of work", 64, at_least=1)
     bootstrap_samples: int = shared_flags.bootstrap_samples()
-    dtype: shared_flags.Dtype = shared_flags.dtype("own")
+    dtype: shared_flags.Dtype = shared_flags.dtype("resolved")
     device: str = shared_flags.device()
 
     def check(self) -> None:

@@ -20,7 +20,7 @@ _SEED = 0
 
 
 def interval_of_change(
-    base_Q: np.ndarray, other_Q: np.ndarray, num_resamples: int, groups: Sequence[str] | None = None
+    base_Q: np.ndarray, other_Q: np.ndarray, num_resamples: int, groups: Sequence[str | int] | None = None
 ) -> tuple[float, float]:
     """95 % interval of the mean of `other - base`, by a bootstrap over the questions, the same for both.
 
@@ -51,6 +51,8 @@ def score_set(
     scores: Mapping[str, Mapping[str, np.ndarray]],
     summaries: Mapping[str, Sequence[Mapping[str, Any]]],
     num_resamples: int,
+    *,
+    groups: Sequence[str | int],
 ) -> SetScores:
     """A set's figures.
 
@@ -60,6 +62,7 @@ def score_set(
         scores: arm → metric → [Q], the base first.
         summaries: arm → those of its units.
         num_resamples: for the intervals.
+        groups: of each question; those of a group are drawn together.
     """
     base, rows = scores[BASE], []
     for arm, metrics in scores.items():
@@ -74,7 +77,7 @@ def score_set(
                     for metric, values_Q in others.items()
                 },
                 intervals={
-                    metric: interval_of_change(base[metric], values_Q, num_resamples)
+                    metric: interval_of_change(base[metric], values_Q, num_resamples, groups)
                     for metric, values_Q in others.items()
                 },
                 seconds=totals["seconds"],

@@ -173,7 +173,7 @@ def test_the_table_names_what_was_left_out(finished: tuple[Path, str], data: Pat
 
 @needs_harness
 def test_a_missing_task_alone_is_scored_again(
-    finished: tuple[Path, str], export_dir: Path, data: Path, tmp_path: Path
+    finished: tuple[Path, str], export_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished[0], output)
@@ -181,12 +181,15 @@ def test_a_missing_task_alone_is_scored_again(
     times = {name: (output / "scores" / name).stat().st_mtime_ns for name in files}
     (output / "scores" / "piqa-joint.jsonl").unlink()
     (output / "manifest.json").unlink()
-    assert run_lm_eval.run(make_config(export_dir, data, output), World()) is not None
+    assert run_lm_eval.run(make_config(export_dir, data, output, dtype="auto"), World()) is not None
     assert {path.name: path.read_bytes() for path in (output / "scores").iterdir()} == files
     again = {name for name in files if (output / "scores" / name).stat().st_mtime_ns != times[name]}
     assert again == {"piqa-joint.jsonl"}
     with pytest.raises(UserError, match="lambdas"):
         run_lm_eval.run(make_config(export_dir, data, output, lambdas=("0.7",)), World())
+    monkeypatch.setattr(run_suite, "resolve_dtype", lambda *_: "bfloat16")
+    with pytest.raises(UserError, match="--dtype was 'float32', now 'bfloat16'"):
+        run_lm_eval.run(make_config(export_dir, data, output, dtype="auto"), World())
 
 
 @needs_harness

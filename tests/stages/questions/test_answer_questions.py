@@ -20,6 +20,7 @@ from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.question_files import Question
 from mlpmem_ds.stages.questions import answer_questions
 from mlpmem_ds.stages.questions.answer_questions import draw_examples, prompt_with_examples
+from mlpmem_ds.stages.questions.answering import Answer
 from mlpmem_ds.stages.questions.config import Config
 from mlpmem_ds.stages.questions.passages import cut_passages
 from mlpmem_ds.stages.questions.results import interval_of_change
@@ -154,6 +155,17 @@ def test_a_missing_unit_alone_is_made_again(finished: tuple[Path, str], models: 
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "answers").iterdir()} == files
 
 
+def test_units_of_two_precisions_do_not_mix(
+    finished: tuple[Path, str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "out")
+    config = make_config(models, tmp_path / "out", dtype="auto")
+    assert answer_questions.run(config, World()) is not None  # which is float32 on this CPU
+    monkeypatch.setattr(answer_questions, "resolve_dtype", lambda *_: "bfloat16")
+    with pytest.raises(UserError, match="--dtype was 'float32', now 'bfloat16'"):
+        answer_questions.run(config, World())
+
+
 def test_passages_are_put_before_open_questions_alone(models: Path, corpus_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("bm25s", reason="passages are found with the optional package bm25s")
     flags: dict[str, Any] = {"control": (), "passages": corpus_dir, "passage_tokens": 8, "num_passages": 3}
@@ -175,6 +187,26 @@ def test_passages_hold_the_documents_text(corpus_dir: Path) -> None:
     whole = cut_passages(corpus, 10**6)
     assert len(whole) == len(corpus.documents) < len(pieces)
     assert "".join("".join(pieces).split()) == "".join("".join(whole).split())
+
+
+def test_the_first_batch_of_an_arm_is_not_timed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, int]] = []
+
+    def recorded(answerer: Any, prompts: Any, limit: int) -> list[Answer]:
+        seconds = 1.0 if any(model is answerer.model for model, _ in asked) else 1000.0
+        asked.append((answerer.model, len(prompts)))
+        each = {"text": "x", "num_tokens": 2, "is_cut": False}
+        return [Answer(first_token_seconds=seconds / 4, seconds=seconds, **each) for _ in prompts]
+
+    monkeypatch.setattr(answer_questions, "answer", recorded)
+    files = (models / "open.dev.jsonl",)
+    config = make_config(models, tmp_path, questions=files, batch=2, unit_questions=2)
+    assert answer_questions.run(config, World()) is not None
+    assert [count for _, count in asked] == [2, 2, 1] * 3
+    for arm in read_answers(tmp_path).sets[0].arms:
+        assert (arm.seconds, arm.first_token_seconds, arm.tokens_per_second) == (3.0, 0.25, 2.0)
 
 
 def test_examples_are_other_questions() -> None:
@@ -199,6 +231,33 @@ def test_the_interval_is_paired() -> None:
     change = (better_Q - base_Q).mean()
     assert 0 < low < change < high < 2 * change
     assert interval_of_change(base_Q, base_Q, 100) == (0.0, 0.0)
+
+
+def test_questions_that_are_asked_twice_count_once_in_the_interval() -> None:
+    generator = np.random.default_rng(2)
+    base_Q, other_Q = generator.random((2, 50))
+    twice = interval_of_change(base_Q.repeat(2), other_Q.repeat(2), 300, [f"{n // 2}" for n in range(100)])
+    assert twice == pytest.approx(interval_of_change(base_Q, other_Q, 300))
+    alone = interval_of_change(base_Q, other_Q, 300, list(range(50)))
+    assert alone == interval_of_change(base_Q, other_Q, 300)
+
+
+def test_records_of_a_group_are_drawn_together(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, score_set = [], answer_questions.score_set
+
+    def recorded(*settings: Any, groups: Any) -> Any:
+        drawn.append(groups)
+        return score_set(*settings, groups=groups)
+
+    monkeypatch.setattr(answer_questions, "score_set", recorded)
+    records = [{**CHOICES[0], **more} for more in ({"group": "1"}, {}, {"group": "1"}, {})]
+    files = (write_lines(tmp_path / "pairs.jsonl", records),)
+    config = make_config(models, tmp_path / "out", questions=files, control=())
+    assert answer_questions.run(config, World()) is not None
+    [groups] = drawn
+    assert groups[0] == groups[2] and len({*groups}) == 3
 
 
 def test_what_is_too_long_is_cut_and_counted_or_refused(
