@@ -1,12 +1,14 @@
 """Part of `quality`: the plan's jobs, each a front-end in a child process, some at a time.
 
-A job's output is a stage directory, so a job that was killed continues, and one that is complete is not
-started again. A child ends with this process, however that ends.
+A job's output is a stage directory, so a job that was killed continues. One that is complete is not started
+again, unless what it read is no longer the same: then its stage refuses, or finds that it is. A child ends
+with this process, however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import time
@@ -17,12 +19,16 @@ from typing import Any
 
 from mlpmem_ds.benchmarks.quality.children import Child, Launch, make_launcher
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import publish_json, read_json
+from mlpmem_ds.core.files import content_hash, publish_json, read_json, sha256_of_file
 from mlpmem_ds.core.log import seconds_of_stage
+from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.objects.listing import LAST_FILES
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 30.0  # a training saves what it has
+_INPUT_FLAGS = ("--input", "--tokenizer", "--model", "--ds_config", "--questions")
+"""of the plan's commands: those that may name what no job makes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,7 @@ class JobRunner:
     cores: int
     launch: Launch
     _running: dict[str, Child] = field(default_factory=dict)
+    _inputs_at_start: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run what is not complete, in the order of the list as far as the needs allow.
@@ -95,7 +102,17 @@ class JobRunner:
         """That a complete job took, over all its starts; None where it is not complete, or was another."""
         record = self._record_of(job.name)
         is_it = record.get("words") == self._words(job) and (self.root / job.name / job.last_file).is_file()
-        return float(record["seconds"]) if is_it else None
+        if not is_it or ("inputs" in record and record["inputs"] != self._inputs(job)):
+            return None
+        return float(record["seconds"])
+
+    def _inputs(self, job: Job) -> dict[str, str]:
+        """What a job reads, by name → its state: other jobs' outputs, and what its flags name elsewhere."""
+        given = [path for path in _given_paths(job.words) if not path.is_relative_to(self.root)]
+        return {
+            **{name: _state_of(self.root / name) for name in job.needs},
+            **{str(path): _state_of(path) for path in given},
+        }
 
     def _record_of(self, name: str) -> Mapping[str, Any]:
         path = self._record_path(name)
@@ -122,6 +139,7 @@ class JobRunner:
     def _start(self, job: Job, *, threads: int) -> None:
         for path in (self._record_path(job.name), self._log_path(job.name), self.root / job.name):
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._inputs_at_start[job.name] = self._inputs(job)
         self._running[job.name] = self.launch(self._words(job), self._log_path(job.name), threads)
 
     def _ended(self) -> list[str]:
@@ -138,7 +156,9 @@ class JobRunner:
                 " that it said; mend that and run the same command again, it continues"
             )
         seconds = round(seconds_of_stage(self.root / job.name) or 0.0, 1)
-        publish_json(self._record_path(job.name), {"words": self._words(job), "seconds": seconds})
+        inputs = self._inputs_at_start[job.name]
+        record = {"words": self._words(job), "inputs": inputs, "seconds": seconds}
+        publish_json(self._record_path(job.name), record)
         return seconds
 
     def _time_left(self, jobs: Any) -> str:
@@ -159,6 +179,29 @@ class JobRunner:
                     child.kill()
                     child.wait(_SECONDS_TO_END)
             self._running.clear()
+
+
+def _given_paths(words: Sequence[str]) -> list[Path]:
+    """Files and directories that the flags of inputs name, or match."""
+    flag, paths = "", list[Path]()
+    for word in words:
+        if word.startswith("--"):
+            flag = word
+        elif flag in _INPUT_FLAGS:
+            paths += map(Path, [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True)))
+    return paths
+
+
+def _state_of(path: Path) -> str:
+    """What changes with the content: the SHA-256 of a file, or of the last one of a stage's output; of
+    another directory that of its files' names, sizes and times; "" where there is nothing."""
+    file = next((path / name for name in LAST_FILES if is_own_directory(path, name)), path)
+    if file.is_file():
+        return sha256_of_file(file)
+    if not path.is_dir():
+        return ""
+    states = ((file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file())
+    return content_hash([[str(file), state.st_size, state.st_mtime_ns] for file, state in states])
 
 
 def cores_of_this_process() -> int:

@@ -26,7 +26,7 @@ if "--fail" in sys.argv and not (top / "mended").exists():
 root.mkdir(parents=True, exist_ok=True)
 events = [{"time": 0, "rank": 0, "event": "started"}, {"time": 20, "rank": 0, "event": "done"}]
 (root / "log.jsonl").write_text("".join(json.dumps(event) + "\\n" for event in events))
-(root / "manifest.json").write_text("{}")
+(root / "manifest.json").write_text(json.dumps({"format": "mlpmem-memory"}))
 """
 
 
@@ -87,6 +87,51 @@ def test_a_job_that_is_not_complete_is_started_again(runner: JobRunner) -> None:
     (runner.root / "one" / "manifest.json").unlink()
     runner.run(plan)
     assert _starts(runner) == ["one", "one"]
+
+
+def test_a_job_whose_input_was_replaced_is_started_again(runner: JobRunner) -> None:
+    plan = [Job(name="one", words=("train",)), Job(name="two", words=("train",), needs=("one",))]
+    runner.run(plan)
+    (runner.root / "one" / "manifest.json").write_text('{"format": "mlpmem-memory", "seed": 1}')
+    assert runner.seconds(plan[1]) is None
+    runner.run(plan)
+    assert _starts(runner) == ["one", "two", "two"]
+    runner.run(plan)
+    assert len(_starts(runner)) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (("train", "--ds_config", "{texts}/a.txt"), "a.txt"),
+        (("prepare-corpus", "--input", "docs:python", "{texts}"), "folder/b.txt"),
+        (("prepare-corpus", "--input", "{texts}/*.txt", "--exclude", "b*"), "new.txt"),
+        (("evaluate", "--model", "{texts}/base", "--samples", "0"), "base/manifest.json"),
+    ],
+    ids=["file", "directory", "pattern", "output of another plan"],
+)
+def test_a_job_is_started_again_where_what_its_flags_name_changed(
+    tmp_path_factory: pytest.TempPathFactory, runner: JobRunner, words: Sequence[str], change: str
+) -> None:
+    texts = tmp_path_factory.mktemp("texts")
+    for name in ("a.txt", "folder/b.txt", "base/manifest.json"):
+        (texts / name).parent.mkdir(exist_ok=True)
+        (texts / name).write_text('{"format": "mlpmem-base"}')
+    job = Job(name="one", words=tuple(word.format(texts=texts) for word in words))
+    runner.run([job])
+    assert runner.seconds(job) == 20
+    (texts / change).write_text("another text")
+    assert runner.seconds(job) is None
+
+
+def test_a_record_without_inputs_stays_valid(runner: JobRunner) -> None:
+    plan = [Job(name="one", words=("train",)), Job(name="two", words=("train",), needs=("one",))]
+    runner.run(plan)
+    path = runner.root / "jobs" / "two.json"
+    record = json.loads(path.read_text())
+    del record["inputs"]
+    path.write_text(json.dumps(record))
+    assert runner.seconds(plan[1]) == 20
 
 
 def test_a_failure_names_the_job_and_its_log_and_the_rest_is_continued(runner: JobRunner) -> None:
