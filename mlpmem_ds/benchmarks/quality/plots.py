@@ -9,12 +9,13 @@ from mlpmem_ds.benchmarks.quality.results import Interval, QualityResult, TextRe
 from mlpmem_ds.core.files import publish
 from mlpmem_ds.engines.plotting import new_figure, save_png
 
-_CUT = 0.6  # larger changes are cut off there, and their bars say how large they are
+_CUT = 0.6  # bars and intervals are cut off there, and a bar that is says how large its change is
 _OWN, _OTHER = "C0", "C1"
 
 
 def plot_changes(result: QualityResult, path: Path) -> None:
-    """A panel a text, two bars an arm with their intervals; the same result gives the same bytes."""
+    """A panel a text, two bars an arm with their intervals, both within ±60 %; the same result gives the same
+    bytes."""
     num_rows = max(len(text.rows) for text in result.texts)
     figure = new_figure(11, 1.6 + 0.42 * num_rows)
     panels = figure.subplots(1, len(result.texts), squeeze=False)[0]
@@ -48,6 +49,6 @@ def _bar(
     axes.barh(level, shown, height=0.34, color=colour, label=label)
     if shown != change:
         axes.annotate(f"{100 * change:+.0f} %", (shown, level), fontsize=7, va="center", ha="right")
-    else:
-        low, high = interval
-        axes.plot([max(low, -_CUT), min(high, _CUT)], [level, level], color="black", linewidth=1.2)
+    low, high = max(interval[0], -_CUT), min(interval[1], _CUT)
+    if low <= high:
+        axes.plot([low, high], [level, level], color="black", linewidth=1.2)
