@@ -2,7 +2,7 @@
 
 A field is a key of the same name; `json_key("lambda")` gives it another key. Types that may stand in a field:
 `str`, `int`, `float` (an integer is one too), `bool`, `Any`, `Literal[…]`, another such dataclass,
-`X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`.
+`X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`. A field of `added_later()` may have no key.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from typing import Any, TypeVar
 from mlpmem_ds.core.errors import DamagedDataError
 
 Record = TypeVar("Record")
-_KEY = "json_key"
+_KEY, _LATER = "json_key", "added_later"
 
 
 def json_key(key: str) -> dict[str, str]:
     """Metadata of a field that has another name in JSON: `field(metadata=json_key("lambda"))`."""
     return {_KEY: key}
+
+
+def added_later() -> dict[str, bool]:
+    """Metadata of a field that files of before it do not have: it is read as its default."""
+    return {_LATER: True}
 
 
 def to_json(value: Any) -> Any:
@@ -100,10 +105,13 @@ def _read_record(kind: Any, value: Any, place: str) -> Any:
     inside = f" in {place.lstrip('.')}" if place else ""
     if unknown := sorted(value.keys() - fields.keys()):
         raise _Mismatch(f"unknown key {unknown[0]}{inside}")
-    if missing := sorted(fields.keys() - value.keys()):
+    later = {_key_of(field) for field in dataclasses.fields(kind) if field.metadata.get(_LATER)}
+    if missing := sorted(fields.keys() - value.keys() - later):
         raise _Mismatch(f"key {missing[0]} is missing{inside}")
     hints = _hints(kind)
-    values = {name: _read(hints[name], value[key], f"{place}.{key}") for key, name in fields.items()}
+    values = {
+        name: _read(hints[name], value[key], f"{place}.{key}") for key, name in fields.items() if key in value
+    }
     try:
         return kind(**values)
     except ValueError as error:  # the record's own checks

@@ -10,7 +10,7 @@ import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import canonical_json
-from mlpmem_ds.core.typed_json import from_json, json_key, to_json
+from mlpmem_ds.core.typed_json import added_later, from_json, json_key, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,20 @@ def plain(**changes: Any) -> Any:
     import json
 
     return {**json.loads(canonical_json(to_json(RECORD))), **changes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    name: str
+    epochs: tuple[float, ...] = field(default=(), metadata=added_later())
+
+
+def test_a_file_of_before_a_field_has_its_default() -> None:
+    assert from_json(Grown, {"name": "a"}, where="x.json", version=1) == Grown(name="a")
+    whole = Grown(name="a", epochs=(2.0,))
+    assert from_json(Grown, {"name": "a", "epochs": [2.0]}, where="x.json", version=1) == whole
+    with pytest.raises(DamagedDataError, match="key name is missing"):
+        from_json(Grown, {"epochs": []}, where="x.json", version=1)
 
 
 def test_a_record_comes_back() -> None:

@@ -97,10 +97,11 @@ MEMORIES: Mapping[str, MemoryArm] = {
         description="memory that was not trained",
     ),
 }
+_STOPPED_EARLY = "with early stopping, for at most the preset's epochs"
 MODELS: Mapping[str, ModelArm] = {
     CONTINUED: ModelArm(
         kind="continued",
-        description="the base trained on the same text, all weights, to its best tuning perplexity",
+        description=f"the base trained on the same text, all weights, {_STOPPED_EARLY}",
     ),
     "continued_equal_time": ModelArm(
         kind="continued",
@@ -113,13 +114,15 @@ MODELS: Mapping[str, ModelArm] = {
     ),
     "lora": ModelArm(
         kind="lora",
-        description="low-rank matrices of as many parameters as the memory (peft), to their best",
+        description=f"low-rank matrices of as many parameters as the memory (peft), {_STOPPED_EARLY}",
         matches_memory=True,
         package="peft",
     ),
     "bigger": ModelArm(
         kind="bigger",
-        description="a decoder of the size of base and memory together, from scratch on this text",
+        description=(
+            f"a decoder of the size of base and memory together, from scratch on this text, {_STOPPED_EARLY}"
+        ),
         matches_memory=True,
     ),
 }

@@ -15,16 +15,20 @@ from mlpmem_ds.benchmarks.quality.arms import (
     ENSEMBLE_GATE,
     KNN,
     KNN_INDEX,
+    MODELS,
     description_of,
 )
 from mlpmem_ds.benchmarks.quality.bootstrap import ArmSums, Estimate, estimate
-from mlpmem_ds.benchmarks.quality.plan import Plan, TextName
+from mlpmem_ds.benchmarks.quality.plan import Plan, ReportPlace, TextName, training_job
 from mlpmem_ds.benchmarks.quality.presets import Text
 from mlpmem_ds.benchmarks.quality.ratios import ratios_of
 from mlpmem_ds.benchmarks.quality.results import ArmRow, RatioResult, TextResult
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.manifest import CompleteStage, read_stage
+from mlpmem_ds.core.run_description import flags_of_run
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 from mlpmem_ds.formats.evaluation import ArmFigures, read_document_sums, read_evaluation
+from mlpmem_ds.formats.trained_models import BaselineManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,9 @@ def text_result(
     other = _reports_of(name, other_name, plan, root)
     if other is not None:
         other = other.with_arm(_reports_of(name, other_name, plan, root, of="ensemble"), ENSEMBLE_GATE)
-    rows = [_row(arm, own, other) for arm in own.arms]
+    seeds = [place.seed for place in _places(name, name, plan)]
+    models = {arm: [root / training_job(name, arm, seed) for seed in seeds] for arm in MODELS}
+    rows = [_row(arm, own, other, models.get(arm, ())) for arm in own.arms]
     result = TextResult(
         name=name,
         title=text.title,
@@ -125,12 +131,37 @@ def _reports_of(
     of: Literal["arms", "ensemble"] = "arms",
 ) -> Reports | None:
     """Of one text's arms, its gated ensemble, or the bank, on a text, by seed; None where there are none."""
-    key = (trained_on, tested_on, of)
-    places = [place for place in plan.reports if (place.trained_on, place.tested_on, place.of) == key]
+    places = _places(trained_on, tested_on, plan, of=of)
     return read_reports([root / place.name for place in places], FIXED_ARMS) if places else None
 
 
-def _row(arm: str, own: Reports, other: Reports | None) -> ArmRow:
+def _places(
+    trained_on: TextName | Literal["bank"],
+    tested_on: TextName,
+    plan: Plan,
+    *,
+    of: Literal["arms", "ensemble"] = "arms",
+) -> list[ReportPlace]:
+    """Of one kind of report, by seed."""
+    key = (trained_on, tested_on, of)
+    return [place for place in plan.reports if (place.trained_on, place.tested_on, place.of) == key]
+
+
+def epochs_used_up(models: Sequence[Path]) -> tuple[float, ...]:
+    """The epochs of those outputs of `train_baseline` that were best at the last step of their schedule."""
+    epochs = []
+    for root in models:
+        stage: CompleteStage[BaselineManifest] = read_stage(
+            CompleteStage, BaselineManifest, root, flag="--output", has_files=False
+        )
+        training, flags = stage.manifest.training, flags_of_run(root)
+        # Early stopping needs a validation after the best one, and a budget is no number of epochs.
+        if training.selected_step == training.steps and flags.get("time_budget_seconds") is None:
+            epochs.append(float(flags["epochs"]))
+    return tuple(epochs)
+
+
+def _row(arm: str, own: Reports, other: Reports | None, models: Sequence[Path]) -> ArmRow:
     by_seed = own.figures(arm)[: len(own.tested.sums[arm])]
     ppl = [own.tested.ppl(arm, seed) for seed in range(len(by_seed))]
     change = None if arm == BASE else change_of(arm, own.tested)
@@ -138,6 +169,7 @@ def _row(arm: str, own: Reports, other: Reports | None) -> ArmRow:
     other_change = change_of(arm, other.tested) if is_on_other and other is not None else None
     # A report has no time where it did not find a stage of the memory.
     seconds = [figures.seconds for figures in by_seed if figures.seconds is not None]
+    tokens = [figures.tokens for figures in by_seed if figures.tokens is not None]
     return ArmRow(
         arm=arm,
         description=description_of(arm),
@@ -152,8 +184,9 @@ def _row(arm: str, own: Reports, other: Reports | None) -> ArmRow:
         other_change=None if other_change is None else other_change.value,
         other_interval=None if other_change is None else other_change.interval,
         parameters=by_seed[0].parameters,
-        tokens=by_seed[0].tokens,
+        tokens=round(np.mean(tokens)) if tokens else None,
         seconds=float(np.mean(seconds)) if seconds else None,
+        epochs_used_up=epochs_used_up(models),
     )
 
 

@@ -140,7 +140,7 @@ def _joined_row(rows: Sequence[ArmRow], text: str) -> ArmRow:
         return first
     ppl_by_seed = tuple(ppl for row in rows for ppl in row.ppl_by_seed)
     weights = [row.seeds for row in rows]
-    seconds = [row.seconds for row in rows if row.seconds is not None]
+    tokens = _mean_of_present([row.tokens for row in rows], weights)
     return replace(
         first,
         seeds=sum(weights),
@@ -153,7 +153,9 @@ def _joined_row(rows: Sequence[ArmRow], text: str) -> ArmRow:
         lambdas=tuple(lmbda for row in rows for lmbda in row.lambdas),
         other_change=_mean([row.other_change for row in rows], weights),
         other_interval=_hull([row.other_interval for row in rows]),
-        seconds=float(np.mean(seconds)) if seconds else None,
+        tokens=None if tokens is None else round(tokens),
+        seconds=_mean_of_present([row.seconds for row in rows], weights),
+        epochs_used_up=tuple(epochs for row in rows for epochs in row.epochs_used_up),
     )
 
 
@@ -178,6 +180,13 @@ def _joined_ratio(parts: Sequence[RatioResult]) -> RatioResult:
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
     found = [value for value in values if value is not None]
     return float(np.average(found, weights=weights)) if len(found) == len(values) else None
+
+
+def _mean_of_present(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    """Of those that are not None; None where all are."""
+    present = [number for number, value in enumerate(values) if value is not None]
+    found = [values[number] for number in present]
+    return _mean(found, [weights[number] for number in present]) if found else None
 
 
 def _joined_seconds(all_seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:

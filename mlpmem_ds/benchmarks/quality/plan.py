@@ -176,7 +176,7 @@ class Planner:
         keys, targets = _keys_of(text, kind), _targets_of(text, kind)
         starts_as_base = kind.is_default and not self.text(text).is_known
         self._add(
-            _trained(text, arm, seed),
+            training_job(text, arm, seed),
             *(
                 "train",
                 *self.preset.trainer_flags,
@@ -191,13 +191,13 @@ class Planner:
         )
 
     def _add_model(self, text: TextName, arm: str, seed: int) -> None:
-        kind, subject, rates = MODELS[arm], _trained(text, SUBJECT, seed), self.preset.rates
+        kind, subject, rates = MODELS[arm], training_job(text, SUBJECT, seed), self.preset.rates
         made_of = (*(f"{text}/{_OUTPUTS}{stage}" for stage in _STAGES), subject)
         budget_of = made_of if kind.is_of_equal_time else ()
         size = ("--match-memory", self._at(subject)) if kind.matches_memory else ()
         needs = (f"{text}/corpus", *self._base_job, *budget_of, *((subject,) if size else ()))
         self._add(
-            _trained(text, arm, seed),
+            training_job(text, arm, seed),
             *(
                 "train-baseline",
                 *self.preset.trainer_flags,
@@ -215,7 +215,7 @@ class Planner:
 
     def add_gates(self, seed: int) -> None:
         """One for each text's subject, fitted to both texts, and one for both subjects."""
-        subjects = {text: _trained(text, SUBJECT, seed) for text in TEXTS}
+        subjects = {text: training_job(text, SUBJECT, seed) for text in TEXTS}
         corpora = {text: self._at(f"{text}/corpus") for text in TEXTS}
         for text in TEXTS:
             self._add(
@@ -248,7 +248,7 @@ class Planner:
     def _add_report(self, place: ReportPlace, flags: Sequence[str], needs: tuple[str, ...]) -> None:
         text, seed = place.trained_on, place.seed
         assert text != "bank"
-        jobs = {arm: _trained(text, arm, seed) for arm in self._arms(text)}
+        jobs = {arm: training_job(text, arm, seed) for arm in self._arms(text)}
         gate = (f"{text}/gate-{seed}",) if self.has_gates else ()
         controls = [
             f"{'base+' if arm in MEMORIES else ''}{arm}={self._at(job)}"
@@ -296,7 +296,7 @@ class Planner:
 
     def _second_model(self, text: TextName, seed: int) -> str | None:
         """The job that trains what the base is mixed with in the ensemble."""
-        return next((_trained(text, arm, seed) for arm in SECOND_MODELS if arm in self._arms(text)), None)
+        return next((training_job(text, arm, seed) for arm in SECOND_MODELS if arm in self._arms(text)), None)
 
     def _ensemble(self, second: str) -> tuple[str, str]:
         """Flags of `evaluate`."""
@@ -321,7 +321,7 @@ class Planner:
     def add_questions(self, questions: Sequence[Path]) -> None:
         """Question sets for the first seed: the exported subject under its gate, models, passages."""
         seed = self.first_seed
-        memory = _trained("domain", SUBJECT, seed)
+        memory = training_job("domain", SUBJECT, seed)
         export, gate, report = (f"domain/{job}-{seed}" for job in ("export", "gate", "report"))
         self._add(
             export,
@@ -330,7 +330,7 @@ class Planner:
             needs=(memory, gate, report),
             last_file="mlpmem_export.json",
         )
-        models = {arm: _trained("domain", arm, seed) for arm in self._arms("domain") if arm in MODELS}
+        models = {arm: training_job("domain", arm, seed) for arm in self._arms("domain") if arm in MODELS}
         controls = [f"{arm}={self._at(job)}" for arm, job in models.items()]
         self._add(
             QUESTIONS_JOB,
@@ -344,7 +344,7 @@ class Planner:
 
     def _bank(self, seed: int) -> list[str]:
         """Both subjects as --memory takes them."""
-        return [f"{text}={self._at(_trained(text, SUBJECT, seed))}" for text in TEXTS]
+        return [f"{text}={self._at(training_job(text, SUBJECT, seed))}" for text in TEXTS]
 
     def _arms(self, text: TextName) -> list[str]:
         """Those of the preset that can be trained here."""
@@ -382,7 +382,7 @@ class Planner:
         )
 
 
-def _trained(text: TextName, arm: str, seed: int) -> str:
+def training_job(text: TextName, arm: str, seed: int) -> str:
     """The job that trains an arm on a text."""
     return f"{text}/{arm}-{seed}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlpmem_ds.benchmarks.quality.arms import BANK, BEST_MEMORIES, MODELS
+from mlpmem_ds.benchmarks.quality.arms import BEST_MEMORIES, MODELS
 from mlpmem_ds.benchmarks.quality.markdown import item, paragraph
 from mlpmem_ds.benchmarks.quality.results import QualityResult, RatioResult, TextResult
 from mlpmem_ds.formats.answers import SetScores
@@ -58,6 +58,7 @@ def _text_section(text: TextResult) -> list[str]:
         paragraph(tested),
         _table(text),
         *_better_than_memory(text),
+        *_epochs_used_up(text),
     ]
 
 
@@ -100,9 +101,26 @@ def _better_than_memory(text: TextResult) -> list[str]:
     memory = next((rows[arm] for arm in BEST_MEMORIES if arm in rows), None)
     if memory is None:
         return []
-    better = [row for row in text.rows if row.ppl < memory.ppl and row.arm not in (*BEST_MEMORIES, BANK)]
+    better = [row for row in text.rows if row.ppl < memory.ppl and row.arm not in BEST_MEMORIES]
     named = ", ".join(f"`{row.arm}` ({row.ppl:.2f})" for row in better)
     return [paragraph(f"Better than `{memory.arm}` ({memory.ppl:.2f}) on this text: {named or 'no arm'}.")]
+
+
+def _epochs_used_up(text: TextResult) -> list[str]:
+    """The models that more epochs might have made better, by name."""
+    named = [
+        f"`{row.arm}` ({' '.join(f'{epochs:g}' for epochs in dict.fromkeys(row.epochs_used_up))} epochs,"
+        f" {len(row.epochs_used_up)} of {row.seeds} seeds)"
+        for row in text.rows
+        if row.epochs_used_up
+    ]
+    if not named:
+        return []
+    return [
+        paragraph(
+            f"At their best at the last step of their epochs, so not yet at an end: {', '.join(named)}."
+        )
+    ]
 
 
 def _questions(sets: Sequence[SetScores]) -> list[str]:

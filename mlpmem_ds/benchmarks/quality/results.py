@@ -7,10 +7,11 @@ Perplexities are of the test split, at choices made on the tuning split. A chang
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlpmem_ds.benchmarks.result_files import read_record, write_record
+from mlpmem_ds.core.typed_json import added_later
 from mlpmem_ds.formats.answers import SetScores
 
 FORMAT, VERSION = "quality", 2
@@ -42,9 +43,11 @@ class ArmRow:
     parameters: int
     """with the base's"""
     tokens: int | None
-    """read to make it, beyond the base"""
+    """read to make it, beyond the base, mean over the seeds of which it is known"""
     seconds: float | None
     """that its stages took beyond the base, mean over the seeds of which it is known"""
+    epochs_used_up: tuple[float, ...] = field(default=(), metadata=added_later())
+    """of a model: the epochs of each training whose best step was the last of its schedule"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlpmem_ds.benchmarks.quality.figures import FIXED_ARMS, read_reports
+from mlpmem_ds.benchmarks.quality.figures import FIXED_ARMS, _row, epochs_used_up, read_reports
+from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.evaluation import DocumentSums, write_document_sums, write_evaluation
+from mlpmem_ds.formats.trained_models import BaselineManifest, TrainingResult
 
 from ...stages.conftest import make_arm, make_evaluation
 
@@ -56,3 +61,51 @@ def test_reports_of_different_documents_are_refused(tmp_path: Path) -> None:
     write_document_sums(roots[1], "test", sums)
     with pytest.raises(DamagedDataError, match="different documents"):
         read_reports(roots, FIXED_ARMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule(Flags):
+    """Flags of a training."""
+
+    output: Path = option("directory")
+    epochs: float = option("passes", 2.0)
+    time_budget_seconds: float | None = option("seconds", None)
+
+
+def _model(root: Path, *, selected_step: int, **flags: float) -> Path:
+    """As `train_baseline` leaves it after 30 steps."""
+    config = _Schedule(output=root, **flags)
+    directory = open_stage(root, stage="baseline", version=1, config=config, inputs={}, world=World())
+    manifest = BaselineManifest(
+        kind="continued",
+        base={},
+        training=TrainingResult(steps=30, rows_per_step=64, selected_step=selected_step, validations=()),
+        parameters=1,
+        parameters_trained=1,
+        parameters_matched=None,
+        rank=None,
+        alpha=None,
+    )
+    directory.complete([], lambda: manifest)
+    return root
+
+
+def test_a_model_whose_best_step_is_its_last_has_used_up_its_epochs(tmp_path: Path) -> None:
+    models = [
+        _model(tmp_path / "ended", selected_step=30, epochs=3.0),
+        _model(tmp_path / "stopped", selected_step=20),
+        _model(tmp_path / "timed", selected_step=30, time_budget_seconds=9.0),
+    ]
+    assert epochs_used_up(models) == (3.0,)
+    assert epochs_used_up(models[1:]) == ()
+
+
+def test_tokens_and_seconds_are_means_over_the_seeds(tmp_path: Path) -> None:
+    roots = [_write(tmp_path / str(seed), base=20.0, base_plus_memory=17.0) for seed in range(2)]
+    reports = read_reports(roots, FIXED_ARMS)
+    by_seed = tuple(
+        {**figures, "base+memory": replace(figures["base+memory"], tokens=tokens, seconds=seconds)}
+        for figures, tokens, seconds in zip(reports.by_seed, (300, 600), (60.0, 90.0), strict=True)
+    )
+    row = _row("base+memory", replace(reports, by_seed=by_seed), None, ())
+    assert (row.tokens, row.seconds) == (450, 75.0)

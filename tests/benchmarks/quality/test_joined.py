@@ -88,6 +88,25 @@ def test_a_ratio_without_a_value_with_one_seed_has_none_in_all() -> None:
     assert joined.by_seed == (*whole.ratios[0].by_seed, None)
 
 
+def test_tokens_and_seconds_are_means_over_the_seeds_that_have_them() -> None:
+    results = [_result(slice(0, 2)), _result(slice(2, 3))]
+    changes = (
+        {"tokens": 300, "seconds": 60.0, "epochs_used_up": (2.0,)},
+        {"tokens": 600, "seconds": 90.0, "epochs_used_up": (2.0,)},
+    )
+    for number, (result, changed) in enumerate(zip(results, changes, strict=True)):
+        (text,) = result.texts
+        rows = (*text.rows[:2], replace(text.rows[2], **changed))
+        results[number] = replace(result, texts=(replace(text, rows=rows),))
+    row = join_results(results).texts[0].rows[2]
+    assert (row.tokens, row.seconds, row.epochs_used_up) == (400, pytest.approx(70), (2.0, 2.0))
+    (text,) = results[1].texts
+    without = replace(text.rows[2], tokens=None, seconds=None)
+    results[1] = replace(results[1], texts=(replace(text, rows=(*text.rows[:2], without)),))
+    row = join_results(results).texts[0].rows[2]
+    assert (row.tokens, row.seconds) == (300, pytest.approx(60))
+
+
 def test_one_result_is_itself() -> None:
     assert join_results([_result(slice(0, 1))]) == _result(slice(0, 1))
 

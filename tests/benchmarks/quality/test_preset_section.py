@@ -8,7 +8,7 @@ from mlpmem_ds.benchmarks.quality.preset_section import preset_section
 from mlpmem_ds.benchmarks.quality.results import QualityResult
 from mlpmem_ds.formats.answers import ArmScores, SetScores
 
-from .conftest import in_one_line, make_result
+from .conftest import in_one_line, make_result, make_row
 
 
 def _section(result: QualityResult) -> str:
@@ -22,6 +22,23 @@ def test_few_documents_are_a_warning() -> None:
 def test_arms_that_beat_the_memory_are_named() -> None:
     section = in_one_line(_section(make_result()))
     assert "Better than `base+memory` (17.00) on this text: `continued` (16.00)." in section
+
+
+def test_a_bank_that_beats_the_memory_is_named_too() -> None:
+    result = make_result()
+    (text,) = result.texts
+    text = replace(text, rows=(*text.rows[:3], make_row("base+bank+gate", 16.5)))
+    section = in_one_line(_section(replace(result, texts=(text,))))
+    assert "Better than `base+memory` (17.00) on this text: `base+bank+gate` (16.50)." in section
+
+
+def test_models_whose_training_the_schedule_ended_are_named() -> None:
+    result = make_result()
+    assert "At their best at the last step" not in _section(result)
+    (text,) = result.texts
+    ended = replace(text.rows[3], epochs_used_up=(2.0, 2.0))
+    section = _section(replace(result, texts=(replace(text, rows=(*text.rows[:3], ended)),)))
+    assert "so not yet at an end: `continued` (2 epochs, 2 of 3 seeds)." in in_one_line(section)
 
 
 def test_a_preset_without_a_memory_has_no_comparison_with_it() -> None:
