@@ -219,7 +219,8 @@ def _scaling_section(scaling: ScalingResult) -> list[str]:
         paragraph(
             f"Power laws of the loss in nats (log perplexity), on {scaling.text}; {scaling.machine},"
             f" {scaling.date}. Held equal: {scaling.held_equal}. Compute is counted: 6 operations a parameter"
-            " and learnt token, 2 where a model only reads. Intervals are over draws of whole documents"
+            " and learnt token, 2 where a model only reads, and the products of the retriever's search."
+            " Intervals are over draws of whole documents"
             f" ({scaling.documents} of them) and cover neither seeds nor other sizes; with so few sizes an"
             " exponent describes them, and is no law."
         ),
@@ -246,8 +247,10 @@ def _method() -> list[str]:
                     " keys, the index and the targets are made once.",
                     "**Equal.** All memories of a preset have the same blocks and batches; how much they read"
                     " is in the column *M tokens*. Those of the published recipe have the epochs and the rate"
-                    " of the preset, for its own rate is that of a billion parameters. Models that"
-                    " are trained instead stop at their best tuning perplexity; where the base was trained"
+                    " of the preset, for its own rate is that of a billion parameters. Models that are"
+                    " trained instead stop when their tuning perplexity no longer falls, and at the latest"
+                    " after the preset's epochs; a line under the table names those that were at their best"
+                    " at their last step. Where the base was trained"
                     " here, it is trained on at the learning rate of its own training, and `lora` at the best"
                     " of three rates on `tiny`; `continued_equal_time` gets the seconds of keys, index,"
                     " targets and memory together, `lora` and `bigger` as many parameters as the memory. All"

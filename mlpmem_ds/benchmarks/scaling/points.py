@@ -1,7 +1,8 @@
 """Part of `fit_scaling`: reports of `evaluate` → points, one a report and arm.
 
 Compute is counted, not measured: 6 floating-point operations a parameter and token that is learnt, 2 where a
-model only reads. A memory also costs the base's pass over its training text, and needs the base.
+model only reads. A memory also costs the base's pass over its training text and the retriever's search, if it
+learnt from its targets, and needs the base.
 
 M documents, R draws, P points.
 """
@@ -21,11 +22,16 @@ from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.core.run_description import find_input, flags_of_run
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 from mlpmem_ds.formats.evaluation import ArmFigures, Evaluation, Report, open_report, read_document_sums
-from mlpmem_ds.formats.trained_models import BaseManifest, read_memory_description
+from mlpmem_ds.formats.index_directory import open_index
+from mlpmem_ds.formats.keys import Keys, KeysManifest
+from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.formats.trained_models import BaseManifest, Provenance, read_memory_description
 from mlpmem_ds.stages.evaluation.config import memory_directories
+from mlpmem_ds.stages.planning.counts import keys_of_probes
 
 DECODER, WITH_MEMORY = "decoder alone", "decoder + memory"
 NUM_DRAWS = 1000
+_SEARCH = "what the search cost"
 Array = np.ndarray
 
 
@@ -50,8 +56,8 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
 
     Raises:
         UserError: a report has no memory, is of another text than the first, or what its base or its memory
-            cost is not known: the base was not trained by train_base, the memory is from elsewhere, or it or
-            the text that it was trained on is gone.
+            cost is not known: the base was not trained by train_base, the memory or its targets are from
+            elsewhere, or it, its text or its targets are gone.
     """
     points: list[Point] = []
     for root in reports:
@@ -67,9 +73,10 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
                 " it cost is not: give reports of memories that were trained here"
             )
         learnt = 6 * base.parameters * _tokens_of_base(evaluation, root)
-        read = 2 * base.parameters * _tokens_read_for_memory(report, root)
+        trained = _trained_memories(report, root)
+        read = 2 * base.parameters * _tokens_read_for(trained, evaluation, root)
         added = memory.parameters - base.parameters
-        both = learnt + read + 6 * added * memory.tokens
+        both = learnt + read + _operations_of_search(trained, root) + 6 * added * memory.tokens
         for name, arm, compute in ((DECODER, base, learnt), (WITH_MEMORY, memory, both)):
             points.append(_point(name, arm, compute, documents.positions_M, documents.sums[arm.name]))
         if not np.array_equal(points[0].positions_M, documents.positions_M):
@@ -101,14 +108,22 @@ def _tokens_of_base(evaluation: Evaluation, root: Path) -> int:
     return stage.manifest.training.steps * stage.manifest.training.rows_per_step
 
 
-def _tokens_read_for_memory(report: Report, root: Path) -> int:
-    """Of the texts that the subject's memories were trained on, which may be others than the evaluated one;
-    what several were trained on was read once."""
-    evaluation = report.evaluation
+@dataclass(frozen=True, kw_only=True)
+class _TrainedMemory:
+    """One of a subject's memories, where it was evaluated."""
+
+    name: str
+    root: Path
+    provenance: Provenance
+
+
+def _trained_memories(report: Report, root: Path) -> list[_TrainedMemory]:
+    """The subject's."""
+    subject = report.evaluation.subject
     memories = memory_directories(flags_of_run(root).get("memory", ()))
-    if evaluation.subject in memories:  # else it is the bank of all
-        memories = {evaluation.subject: memories[evaluation.subject]}
-    corpora: dict[str | None, Path] = {}
+    if subject in memories:  # else it is the bank of all
+        memories = {subject: memories[subject]}
+    trained = []
     for name, directory in memories.items():
         memory = Path(directory)
         manifest = memory / "manifest.json"
@@ -117,15 +132,68 @@ def _tokens_read_for_memory(report: Report, root: Path) -> int:
                 f"--reports {root}: {name}, {memory}, is not there as it was evaluated, so the text of its"
                 " training is not known: evaluate it again, as an output of launch/train.py"
             )
-        sha256 = read_memory_description(memory / "weights" / "config.json").provenance.corpus
-        corpus = find_input(memory, "corpus", sha256, given=Path(evaluation.corpus))
-        if corpus is None:
-            raise UserError(
-                f"--reports {root}: the text that {name} was trained on is not found, so what the base read"
-                f" for it is not known: put its corpus where it was, or as `corpus` next to {memory}"
-            )
-        corpora[sha256] = corpus
+        provenance = read_memory_description(memory / "weights" / "config.json").provenance
+        trained.append(_TrainedMemory(name=name, root=memory, provenance=provenance))
+    return trained
+
+
+def _tokens_read_for(memories: Sequence[_TrainedMemory], evaluation: Evaluation, report: Path) -> int:
+    """Of the texts that the memories were trained on, which may be others than the evaluated one; what
+    several were trained on was read once."""
+    corpora = {}
+    for memory in memories:
+        sha256 = memory.provenance.corpus
+        found = find_input(memory.root, "corpus", sha256, given=Path(evaluation.corpus))
+        what = f"the text that {memory.name} was trained on"
+        corpora[sha256] = _required(
+            found, "corpus", memory.root, what, "what the base read for it", report=report
+        )
     return sum(num_tokens_of_splits(corpus, flag="--reports")["train"] for corpus in corpora.values())
+
+
+def _operations_of_search(memories: Sequence[_TrainedMemory], report: Path) -> float:
+    """Products of queries and keys, without what the index and the sample for the temperature cost; targets
+    that several memories learnt from were searched once."""
+    searched = {}
+    for memory in memories:
+        sha256 = memory.provenance.targets
+        if sha256 is not None and memory.provenance.alpha != 0:
+            what = f"what {memory.name} learnt from the retriever"
+            searched[sha256] = _required(
+                find_input(memory.root, "targets", sha256),
+                "targets",
+                memory.root,
+                what,
+                _SEARCH,
+                report=report,
+            )
+    return sum(_operations_of_targets(path, report) for path in searched.values())
+
+
+def _operations_of_targets(root: Path, report: Path) -> float:
+    targets = open_targets(root, flag="--reports", has_shards=False)
+
+    def required(name: str) -> Path:
+        found = find_input(root, name, targets.inputs.get(name))
+        return _required(found, name, root, f"what {root} were made from", _SEARCH, report=report)
+
+    keys = read_stage(Keys, KeysManifest, required("keys"), flag="--reports", has_files=False)
+    positions, compared = targets.num_positions, float(targets.num_positions)
+    if targets.manifest.search != "exact":
+        num_lists = open_index(required("index"), flag="--reports").num_lists
+        nprobe = targets.manifest.nprobe or num_lists
+        compared = num_lists + keys_of_probes(positions, num_lists=num_lists, nprobe=nprobe)
+    return 2.0 * keys.dim * positions * compared
+
+
+def _required(found: Path | None, name: str, of: Path, what: str, cost: str, *, report: Path) -> Path:
+    """Raises UserError where an input is not found."""
+    if found is None:
+        raise UserError(
+            f"--reports {report}: {what} is not found, so {cost} is not known: put its {name} where it was,"
+            f" or as `{name}` next to {of}"
+        )
+    return found
 
 
 def drawn_losses(points: Sequence[Point]) -> Array:

@@ -60,7 +60,12 @@ def pairs_compared(stage: str, work: Workload) -> float:
 
 def candidates(work: Workload) -> float:
     """Keys that a query of list search is compared with."""
-    return min(work.positions, LIST_IMBALANCE * work.nprobe * work.positions / work.num_lists)
+    return keys_of_probes(work.positions, num_lists=work.num_lists, nprobe=work.nprobe)
+
+
+def keys_of_probes(positions: int, *, num_lists: int, nprobe: int) -> float:
+    """Of so many keys, those in the lists that a query probes."""
+    return min(positions, LIST_IMBALANCE * nprobe * positions / num_lists)
 
 
 def owners_of_query(work: Workload, num_ranks: int) -> float:

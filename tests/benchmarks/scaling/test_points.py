@@ -12,22 +12,28 @@ from mlpmem_ds.benchmarks.scaling import points
 from mlpmem_ds.benchmarks.scaling.config import Config
 from mlpmem_ds.benchmarks.scaling.fit_scaling import fit_reports
 from mlpmem_ds.benchmarks.scaling.points import read_points
+from mlpmem_ds.core.config import Flags
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json, read_json_object, sha256_of_file
+from mlpmem_ds.core.manifest import Manifest
+from mlpmem_ds.core.stage_directory import open_stage
+from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.evaluation import (
     DocumentSums,
     read_evaluation,
     write_document_sums,
     write_evaluation,
 )
+from mlpmem_ds.formats.target_shards import TargetShard
 from mlpmem_ds.models.memory_config import MemoryConfig
 
-from ...manifests import make_provenance
+from ...manifests import codec_manifest, keys_manifest, make_provenance, targets_manifest
 from ...stages.conftest import make_arm, make_evaluation, publish_memory
 
 POSITIONS_M = np.array([40, 60])
 
 
+SHAPE = MemoryConfig(input_size=8, hidden_size=8, intermediate_size=8, num_blocks=1, vocab_size=9)
 TRAIN_TOKENS = {"evaluated": 200, "larger": 5000}
 
 
@@ -57,8 +63,7 @@ def _corpus(root: Path) -> str:
 
 def _write_memory(root: Path, corpus: Path) -> None:
     """As a training leaves it, which is where the flags of a report name it."""
-    shape = MemoryConfig(input_size=8, hidden_size=8, intermediate_size=8, num_blocks=1, vocab_size=9)
-    publish_memory(root, shape, make_provenance(corpus=_corpus(corpus)), seed=0)
+    publish_memory(root, SHAPE, make_provenance(corpus=_corpus(corpus)), seed=0)
     description = read_json_object(root / "run.json")
     publish_json(root / "run.json", {**description, "config": {"corpus": str(corpus)}})
 
@@ -97,6 +102,40 @@ def test_parameters_compute_and_loss_are_those_by_hand(tmp_path: Path) -> None:
     assert base.compute == 6 * 1000 * 500
     assert memory.compute == base.compute + 2 * 1000 * 200 + 6 * 100 * 1000
     assert (base.loss, memory.loss) == pytest.approx((np.log(20), np.log(17)))
+
+
+def _publish(root: Path, manifest: Manifest, **inputs: str) -> str:
+    """A stage without files; its hash."""
+    directory = open_stage(
+        root, stage=manifest.FORMAT, version=manifest.VERSION, config=Flags(), inputs=inputs, world=World()
+    )
+    directory.complete([], lambda: manifest)
+    return sha256_of_file(root / "manifest.json")
+
+
+def _give_targets(root: Path, *, alpha: float) -> None:
+    """Let the memory of a report have learnt from exact targets of 200 keys of 4 numbers."""
+    keys = _publish(root / "keys", keys_manifest(num_positions=200, codec=codec_manifest(dim=4)))
+    shard = TargetShard(name="shard", first=0, count=200, entries=0, samples=1)
+    targets = _publish(root / "targets", targets_manifest(num_positions=200, shards=(shard,)), keys=keys)
+    corpus = sha256_of_file(root.parent / "evaluated" / "manifest.json")
+    provenance = make_provenance(corpus=corpus, targets=targets, alpha=alpha)
+    shutil.rmtree(root / "memory")
+    publish_memory(root / "memory", SHAPE, provenance, seed=0)
+
+
+def test_a_memory_that_learnt_from_the_retriever_costs_its_search(tmp_path: Path) -> None:
+    root = _write(tmp_path / "r", 1000)
+    _give_targets(root, alpha=0.0)
+    alone = read_points([root])[1].compute
+    _give_targets(root, alpha=0.4)
+    assert read_points([root])[1].compute - alone == 2 * 4 * 200**2
+    shutil.rmtree(root / "keys")
+    with pytest.raises(UserError, match="what the search cost is not known: put its keys where"):
+        read_points([root])
+    shutil.rmtree(root / "targets")
+    with pytest.raises(UserError, match="base.memory learnt from the retriever is not found"):
+        read_points([root])
 
 
 def test_a_report_without_a_memory_or_of_another_text_is_refused(tmp_path: Path) -> None:
