@@ -23,7 +23,7 @@ from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning.config import DEFAULTS
 from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, seconds_of
 from mlpmem_ds.stages.planning.sizes_on_disk import target_bytes
-from mlpmem_ds.stages.planning.workload import Machine, Workload
+from mlpmem_ds.stages.planning.workload import Machine, Workload, cores_of_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
         sizes["shard_positions"] = targets.shard_positions
     if run.memory is not None:
         memory = run.memory.manifest
-        sizes |= {"memory": dict(memory.memory), "epochs": memory.provenance.epochs}
+        sizes |= {"memory": dict(memory.memory), "epochs": _epochs_of(memory, keys.num_positions)}
         flags = read_description(run.root / "memory").get("config", {})
         for name in ("keep_checkpoints", "batch_positions", "shuffle_window_blocks"):
             sizes[name] = flags.get(name, DEFAULTS[name])
@@ -100,21 +100,43 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
-def calibrate(run: FinishedRun, work: Workload, machine: Machine) -> Calibration:
+def _epochs_of(memory: MemoryManifest, positions: int) -> float | None:
+    """That it was trained for, fewer than were planned where it was stopped early; None where unknown."""
+    training = memory.training
+    if training is None:
+        return memory.provenance.epochs
+    return training.steps * training.rows_per_step / positions
+
+
+def calibrate(
+    run: FinishedRun, work: Workload, machine: Machine, *, threads: int | None = None
+) -> Calibration:
     """Measured over planned seconds of every stage that the run holds; `work` has the run's own sizes.
 
-    The run's ranks are those of its latest start; cores of a rank and GPUs are taken to be this machine's.
+    A stage's ranks are those of its latest start, with `threads` each, else this machine's cores over them;
+    on a machine with GPUs each had one.
     """
     factors: dict[str, float] = {}
     for stage in run.stages:
         ranks = int(read_description(run.root / stage).get("world", 1))
-        planned = seconds_of(stage, work, dataclasses.replace(machine, ranks=ranks))
+        planned = seconds_of(stage, work, _machine_of_run(machine, ranks, threads))
         measured = _seconds_of_parts(run.root / stage, stage, ranks)
         factors |= {part: measured[part] / planned[part] for part in planned if measured.get(part, 0) > 0}
     target_factor = 1.0
     if run.targets is not None:
         target_factor = run.targets.num_bytes / target_bytes(work)
     return Calibration(seconds=factors, target_bytes=target_factor)
+
+
+def _machine_of_run(machine: Machine, ranks: int, threads: int | None) -> Machine:
+    """The planned machine with the ranks of a run, as many a node."""
+    return dataclasses.replace(
+        machine,
+        ranks=ranks,
+        cores=cores_of_rank(threads, ranks),
+        gpus=ranks if machine.gpus else 0,
+        nodes=-(-ranks // machine.ranks_of_node),
+    )
 
 
 def _seconds_of_parts(root: Path, stage: str, ranks: int) -> dict[str, float]:

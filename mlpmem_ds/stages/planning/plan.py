@@ -24,7 +24,7 @@ from mlpmem_ds.stages.planning.config import Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, costs
 from mlpmem_ds.stages.planning.plan_warnings import assumptions, shortages, small_batches
 from mlpmem_ds.stages.planning.sizes import planned_workload, workload_of_run
-from mlpmem_ds.stages.planning.workload import Machine, Workload
+from mlpmem_ds.stages.planning.workload import Machine, Workload, cores_of_rank
 
 _FORMAT, _VERSION = "mlpmem-plan", 1
 
@@ -98,7 +98,7 @@ def make_plan(config: Config) -> Plan:
     work = planned_workload(config, run_sizes, machine)
     calibration, calibrated = Calibration(), tuple[str, ...]()
     if run is not None:
-        calibration = calibrate(run, workload_of_run(run_sizes, machine), machine)
+        calibration = calibrate(run, workload_of_run(run_sizes, machine), machine, threads=config.threads)
         calibrated = run.stages
     result = costs(work, machine, calibration)
     return Plan(
@@ -125,7 +125,7 @@ def _machine(config: Config) -> Machine:
     folder = Path.cwd() if config.output is None else config.output.parent
     return Machine(
         ranks=config.ranks,
-        cores=config.threads or max(1, (os.cpu_count() or 1) // config.ranks),
+        cores=cores_of_rank(config.threads, config.ranks),
         gpus=config.gpus,
         gpu_flops=config.gpu_tflops * 1e12,
         gpu_bytes=config.gpu_memory_gb * 1e9,

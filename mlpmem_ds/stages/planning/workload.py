@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,3 +147,13 @@ class Machine:
     def ranks_of_node(self) -> int:
         """The most on one node."""
         return -(-self.ranks // self.nodes)
+
+    @property
+    def gpu_bytes_of_rank(self) -> float:
+        """Of the GPUs that a rank has, or of its share of one."""
+        return self.gpus / self.ranks * self.gpu_bytes
+
+
+def cores_of_rank(threads: int | None, ranks: int) -> int:
+    """CPU threads of each of so many ranks: as asked, else this machine's cores over them."""
+    return threads or max(1, (os.cpu_count() or 1) // ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.log import seconds_of_stage
+from mlpmem_ds.core.manifest import CompleteStage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.keys import open_keys
+from mlpmem_ds.formats.trained_models import MemoryManifest, TrainingResult
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.shape import read_shape
 from mlpmem_ds.stages.planning import plan, table
+from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, costs, seconds_of
 from mlpmem_ds.stages.planning.counts import candidates, operations, owners_of_query, sent_bytes
 from mlpmem_ds.stages.planning.workload import Machine
 
+from ...manifests import make_provenance
 from .conftest import CLUSTER, SHAPE, bytes_of, config
 
 
@@ -75,6 +80,39 @@ def test_flags_overrule_the_run(finished: Path) -> None:
     assert (found.work.k, found.work.epochs, found.work.memory.num_blocks) == (64, 2.0, 18)
     assert found.work.memory.input_size == found.work.width == 16
     assert found.work.factory == "IVF4096,PQ4"
+
+
+def test_a_run_by_other_ranks_than_the_planned_ones_teaches_the_same_speed(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    one, two = (
+        plan.make_plan(plan.Config(positions=10**6, calibrate=finished, ranks=ranks)).costs["keys"].seconds
+        for ranks in (1, 2)
+    )
+    assert one == pytest.approx(two)
+    run = read_run(finished)
+    work = plan.make_plan(plan.Config(positions=10**6, calibrate=finished)).work
+    machine = {"cores": 1, "gpu_flops": 1e12, "memory_bytes": 10**10, "disk_bytes": 10**10}
+    alone, of_many = (
+        calibrate(run, work, Machine(ranks=ranks, gpus=ranks, nodes=nodes, **machine), threads=1)
+        for ranks, nodes in ((1, 1), (16, 2))
+    )
+    assert alone == of_many
+
+
+def test_a_training_that_was_stopped_early_counts_as_long_as_it_was(finished: Path) -> None:
+    run = read_run(finished)
+    positions = run.keys.num_positions
+    training = TrainingResult(steps=30, rows_per_step=positions // 10, selected_step=20, validations=())
+    manifest = MemoryManifest(memory={}, provenance=make_provenance(epochs=8.0), training=training)
+    unknown = dataclasses.replace(manifest, training=None)
+    for found, epochs in ((manifest, 3.0), (unknown, 8.0)):
+        memory = CompleteStage(
+            root=finished, sha256="", inputs={}, config={}, files=run.keys.files, manifest=found
+        )
+        sizes = sizes_of_run(dataclasses.replace(run, memory=memory))
+        assert sizes["epochs"] == pytest.approx(epochs, rel=0.02)
 
 
 def test_the_perplexity_follows_a_small_k() -> None:
