@@ -26,7 +26,7 @@ _COMMAND = re.compile(r"```bash\npython tools/plan\.py ((?:.|\n)*?)\n```\n\n((?:
 _LINE = re.compile(r"`([^`=]+) = ([^`]+)`( TB| GPU hours| seconds)?")
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "GPU hours": 1, "": 1}
 _OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Sub: operator.sub}
-_HEAD = ("stage", "on disk", "files", "time", "memory a rank", "GPU hours", "price", "figures")
+_HEAD = ("stage", "on disk", "files", "time", "memory a rank", "on its GPU", "GPU hours", "price", "figures")
 
 
 def table_of(command: str) -> str:
@@ -34,7 +34,8 @@ def table_of(command: str) -> str:
     plan = make_plan(parse_config(Config, shlex.split(command.replace("\\\n", " ")), prog="plan"))
     told = plan.to_json()
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 2), "---")]
-    whole = {"name": "all", "num_files": told["files"], "rank_memory_bytes": 0, "limit": None, **told}
+    none = {"rank_memory_bytes": 0, "rank_gpu_bytes": 0, "limit": None}
+    whole = {"name": "all", "num_files": told["files"], **none, **told}
     for stage in (*told["stages"], whole):
         rows.append(
             (
@@ -42,7 +43,10 @@ def table_of(command: str) -> str:
                 bytes_in_words(stage["bytes"]),
                 f"{stage['num_files']:,}",
                 "–" if stage["seconds"] is None else time_in_words(stage["seconds"]),
-                bytes_in_words(stage["rank_memory_bytes"]) if stage["rank_memory_bytes"] else "",
+                *(
+                    bytes_in_words(stage[name]) if stage[name] else ""
+                    for name in ("rank_memory_bytes", "rank_gpu_bytes")
+                ),
                 "–" if stage["gpu_hours"] is None else hours_in_words(stage["gpu_hours"]),
                 "–" if stage["price"] is None else price_in_words(stage["price"]),
                 "" if stage is whole else "assumed rates" if stage["gpu_hours"] else "estimate",

@@ -25,6 +25,7 @@ from mlpmem_ds.stages.planning.counts import (
 from mlpmem_ds.stages.planning.limits import limit_of
 from mlpmem_ds.stages.planning.rank_memory import (
     corpus_memory,
+    gpu_bytes,
     index_memory,
     key_memory,
     target_memory,
@@ -73,8 +74,9 @@ class Cost:
         bytes, num_files: that it leaves on disk.
         operations: of its matrix products, all ranks together.
         seconds: by the clock; None where they cannot be planned, and `limit` says why.
-        rank_memory_bytes: the most of a rank. For index and targets its own: what they map is shared by the
-            ranks of a machine, and more memory than that only saves reading.
+        rank_memory_bytes: the most of a rank, on the host. For index and targets its own: what they map is
+            shared by the ranks of a machine, and more memory than that only saves reading.
+        rank_gpu_bytes: that a rank holds on its GPU, without a batch; 0 for what takes as much as there is.
         gpu_hours: of all GPUs; None as `seconds`.
         temporary_bytes: on disk while the stage runs.
     """
@@ -85,6 +87,7 @@ class Cost:
     seconds: float | None
     rank_memory_bytes: int
     gpu_hours: float | None
+    rank_gpu_bytes: int = 0
     temporary_bytes: int = 0
     limit: str | None = None
 
@@ -117,6 +120,7 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
             operations=operations(stage, work),
             seconds=None if limit else seconds,
             rank_memory_bytes=memory_of(work, machine),
+            rank_gpu_bytes=gpu_bytes(stage, work, machine),
             gpu_hours=None if limit else seconds * gpus / 3600,
             temporary_bytes=list_bytes(work) if stage == "targets" else 0,
             limit=limit,

@@ -15,17 +15,21 @@ _GPUS_OF_NODE = 16
 
 
 def shortages(costs: dict[str, Cost], machine: Machine) -> list[str]:
-    """Of memory and disk: a line for each stage that needs more than a node has, and one for all files.
+    """Of memory and disk: a line for each stage that needs more than a node or a GPU has, one for all files.
 
     Args:
         costs: by stage.
-        machine: with `memory_bytes` of a node, and `disk_bytes` of all.
+        machine: with `memory_bytes` of a node, `gpu_bytes` of a GPU, and `disk_bytes` of all.
     """
     remedies = {
         "keys": "fewer ranks a node",
         "index": "fewer lists, or a smaller sample (--factory)",
         "targets": "fewer ranks a node, a smaller --dim, or --batch-positions of write_targets",
         "memory": "more ranks (ZeRO-3 spreads the state), or a smaller --preset",
+    }
+    gpu_remedies = {
+        "keys": "a rank a node (--ranks) with --device-map auto of extract_keys",
+        "memory": "more GPUs and ranks (ZeRO-3 spreads the state), a smaller --preset, or --input-codec int8",
     }
     lines = [
         f"{machine.ranks_of_node} ranks of {name} need"
@@ -34,6 +38,14 @@ def shortages(costs: dict[str, Cost], machine: Machine) -> list[str]:
         f" {remedies.get(name, 'fewer ranks')}"
         for name, cost in costs.items()
         if machine.ranks_of_node * cost.rank_memory_bytes > machine.memory_bytes
+    ]
+    lines += [
+        f"a rank of {name} holds {bytes_in_words(cost.rank_gpu_bytes)} on its GPU, and"
+        f" {machine.gpus} GPUs of {bytes_in_words(machine.gpu_bytes)} for {machine.ranks} ranks have"
+        f" {bytes_in_words(machine.gpu_bytes_of_rank)} each: larger GPUs (--gpu-memory-gb), or take"
+        f" {gpu_remedies[name]}"
+        for name, cost in costs.items()
+        if cost.rank_gpu_bytes > machine.gpu_bytes_of_rank
     ]
     total = sum(cost.bytes for cost in costs.values())
     temporary = max(cost.temporary_bytes for cost in costs.values())

@@ -1,7 +1,8 @@
 """Part of `plan`: memory of one rank in each stage.
 
-Of index and targets a rank's own, without the files that it maps: those are shared by the ranks of a machine,
-and more memory than that only saves reading. Measured with docs/LAB.md, "plan".
+The host's; what a GPU holds is apart (`gpu_bytes`). Of index and targets a rank's own, without the files that
+it maps: those are shared by the ranks of a machine, and more memory than that only saves reading. Measured
+with docs/LAB.md, "plan".
 """
 
 from __future__ import annotations
@@ -96,23 +97,44 @@ def corpus_memory(work: Workload, machine: Machine) -> int:
 
 
 def key_memory(work: Workload, machine: Machine) -> int:
-    """Weights, float32 on a CPU and bfloat16 on a GPU (where they are the GPU's), and the batches that are
-    being read, stored and written; a unit's files are written as its batches come."""
-    weights = work.parameters * (2 if machine.gpus else 4)
+    """Weights, unless a GPU holds them, and the batches that are being read, stored and written; a unit's
+    files are written as its batches come."""
+    weights = 0 if machine.gpus else base_bytes(work, machine)
     batch = min(work.positions, _BATCH_WINDOWS * work.block_size)
     return (
         2 * _PROCESS_BYTES + weights + _BATCHES_KEPT * batch * 4 * (work.dim + work.width + work.input_width)
     )
 
 
+def base_bytes(work: Workload, machine: Machine) -> int:
+    """The base's weights: float32 on a CPU, bfloat16 on a GPU."""
+    return _weight_bytes(machine) * work.parameters
+
+
+def _weight_bytes(machine: Machine) -> int:
+    return 2 if machine.gpus else 4
+
+
 def training_memory(work: Workload, machine: Machine) -> int:
-    """ZeRO-3 spreads the state; the loss keeps chunks within a budget; the reader's part is
-    `reader_memory`."""
+    """What is trained, unless a GPU holds it; the reader's part is `reader_memory`."""
+    trained = 0 if machine.gpus else trained_bytes(work, machine)
+    return 2 * _PROCESS_BYTES + trained + reader_memory(work, machine)
+
+
+def trained_bytes(work: Workload, machine: Machine) -> int:
+    """Of a rank's state, which ZeRO-3 spreads, and of the weights of the base that it reads; the loss keeps
+    chunks within a budget."""
     state = math.ceil(work.memory.num_parameters() * _TRAINING_BYTES / machine.ranks)
-    base = 2 * work.parameters if work.input_codec == "none" else 0
-    if not base:  # else the head that is shared is the base's own tensor
-        base = (2 if machine.gpus else 4) * work.memory.num_shared_parameters()
-    return 2 * _PROCESS_BYTES + state + base + reader_memory(work, machine)
+    if work.input_codec == "none":  # the head that is shared is the base's own tensor
+        return state + base_bytes(work, machine)
+    return state + _weight_bytes(machine) * work.memory.num_shared_parameters()
+
+
+def gpu_bytes(stage: str, work: Workload, machine: Machine) -> int:
+    """That a rank holds on its GPU, without a batch; index and targets take as much as there is."""
+    if machine.gpus and stage == "keys":
+        return base_bytes(work, machine)
+    return trained_bytes(work, machine) if machine.gpus and stage == "memory" else 0
 
 
 def reader_memory(work: Workload, machine: Machine) -> int:

@@ -21,6 +21,7 @@ def render_table(plan: Plan) -> str:
     work, machine = plan.work, plan.machine
     where = f"{machine.gpus} GPUs of {machine.gpu_flops / 1e12:.0f} TFLOP/s" if machine.gpus else "no GPU"
     price = "" if plan.price_per_gpu_hour is None else f"{'price':>11}"
+    gpu = f"{'on its GPU':>12}" if machine.gpus else ""
     lines = [
         (
             f"{work.positions:,} positions · base of {work.parameters / 1e6:,.1f} M parameters, width"
@@ -35,7 +36,7 @@ def render_table(plan: Plan) -> str:
         "",
         (
             f"{'stage':<9}{'on disk':>10}{'files':>10}{'B/position':>12}{'time':>10}{'memory a rank':>15}"
-            f"{'GPU hours':>11}{price}  figures"
+            f"{gpu}{'GPU hours':>11}{price}  figures"
         ),
     ]
     for name, cost in plan.costs.items():
@@ -47,6 +48,7 @@ def render_table(plan: Plan) -> str:
         operations=sum(cost.operations for cost in all_costs),
         seconds=plan.seconds,
         rank_memory_bytes=max(cost.rank_memory_bytes for cost in all_costs),
+        rank_gpu_bytes=max(cost.rank_gpu_bytes for cost in all_costs),
         gpu_hours=plan.gpu_hours,
     )
     lines.append(_row("all", total, plan, basis=""))
@@ -63,11 +65,13 @@ def render_table(plan: Plan) -> str:
 def _row(name: str, cost: Cost, plan: Plan, *, basis: str) -> str:
     hours = "-" if cost.gpu_hours is None else f"{cost.gpu_hours:.2f}"
     price = "" if plan.price_per_gpu_hour is None else f"{price_in_words(plan.price(cost.gpu_hours)):>11}"
+    held = bytes_in_words(cost.rank_gpu_bytes) if cost.rank_gpu_bytes else "-"
+    gpu = f"{held:>12}" if plan.machine.gpus else ""
     time = "-" if cost.seconds is None else time_in_words(cost.seconds)
     return (
         f"{name:<9}{bytes_in_words(cost.bytes):>10}{cost.num_files:>10,}"
         f"{cost.bytes / plan.work.positions:>12.1f}{time:>10}{bytes_in_words(cost.rank_memory_bytes):>15}"
-        f"{hours:>11}{price}  {basis}"
+        f"{gpu}{hours:>11}{price}  {basis}"
     ).rstrip()
 
 

@@ -23,7 +23,7 @@ from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.planning import plan
 from mlpmem_ds.stages.planning.counts import moved, num_files, operations
-from mlpmem_ds.stages.planning.rank_memory import reader_memory
+from mlpmem_ds.stages.planning.rank_memory import gpu_bytes, reader_memory, training_memory
 from mlpmem_ds.stages.planning.sizes_on_disk import list_bytes
 from mlpmem_ds.stages.planning.workload import Machine, Workload
 from mlpmem_ds.stages.targets import write_targets
@@ -188,6 +188,17 @@ def test_a_training_is_six_operations_a_parameter_and_row(
     left = [path for part in ("checkpoints/*/*", "weights/*", "done/*") for path in config.output.glob(part)]
     kept = len(list_checkpoints(config.output / "checkpoints"))
     assert num_files("memory", replace(work, keep_checkpoints=kept)) == len(left)
+
+
+def test_a_base_next_to_the_training_is_float32_on_a_cpu_and_bfloat16_on_a_gpu(run: dict[str, Any]) -> None:
+    stored, online = work_of(run), work_of(run, input_codec="none")
+    machine = Machine(ranks=1, cores=1, gpus=0, gpu_flops=1e12, memory_bytes=10**10, disk_bytes=10**10)
+    on_cpu = training_memory(online, machine) - training_memory(stored, machine)
+    assert on_cpu == 4 * online.parameters
+    on_gpu = replace(machine, gpus=1)
+    more = gpu_bytes("memory", online, on_gpu) - gpu_bytes("memory", stored, on_gpu)
+    assert more == 2 * online.parameters
+    assert training_memory(online, on_gpu) == training_memory(stored, on_gpu)
 
 
 def test_online_inputs_cost_the_base_again_in_each_epoch(run: dict[str, Any]) -> None:

@@ -359,7 +359,7 @@ def test_a_training_without_stored_inputs_says_what_the_base_costs() -> None:
         plan.make_plan(config(**base, **CLUSTER, input_codec=codec)) for codec in ("bf16", "none")
     )
     assert online.costs["memory"].seconds > 3 * stored.costs["memory"].seconds
-    assert online.costs["memory"].rank_memory_bytes > stored.costs["memory"].rank_memory_bytes + 15e9
+    assert online.costs["memory"].rank_gpu_bytes > stored.costs["memory"].rank_gpu_bytes + 15e9
 
 
 def test_a_price_follows_the_gpu_hours_and_ranks_their_nodes() -> None:
@@ -369,7 +369,7 @@ def test_a_price_follows_the_gpu_hours_and_ranks_their_nodes() -> None:
     told = dear.to_json()
     assert told["price"] == pytest.approx(2.5 * told["gpu_hours"])
     assert told["price"] == pytest.approx(sum(stage["price"] for stage in told["stages"]))
-    small = {"positions": 10**10, "input_codec": "none", **sizes, "memory_gb": 60.0}
+    small = {"positions": 10**10, "input_codec": "none", **sizes, "memory_gb": 16.0}
     together, spread = (plan.make_plan(config(**small, nodes=nodes)).warnings for nodes in (1, 16))
     assert any("16 ranks of keys need" in line and "(--nodes)" in line for line in together)
     assert not any("ranks of keys need" in line for line in spread)

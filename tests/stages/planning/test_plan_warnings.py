@@ -15,6 +15,22 @@ def test_what_does_not_fit_is_said_with_a_remedy() -> None:
     assert plan.make_plan(config(memory_gb=4.0)).work.factory.endswith("PQ16")
 
 
+def test_a_base_or_a_memory_that_a_gpu_does_not_hold_is_said_with_a_remedy() -> None:
+    base = {"parameters": 70e9, "width": 8192, "vocab_size": 128_256}
+    flags = {"positions": 10**9, **base, "memory_gb": 2000.0, "disk_gb": 1e6, "threads": 8}
+    (keys,) = plan.make_plan(plan.Config(**flags, gpus=8, ranks=8)).warnings[:1]
+    assert keys.startswith(
+        "a rank of keys holds 140 GB on its GPU, and 8 GPUs of 80 GB for 8 ranks have 80 GB"
+    )
+    assert "--device-map auto" in keys and "--gpu-memory-gb" in keys
+    for fits in ({"gpu_memory_gb": 141.0, "ranks": 8}, {"ranks": 1}):
+        found = plan.make_plan(plan.Config(**flags, gpus=8, **fits))
+        assert not any("on its GPU" in line for line in found.warnings)
+    online = plan.make_plan(plan.Config(**flags, gpus=8, ranks=8, input_codec="none"))
+    assert any(line.startswith("a rank of memory holds") for line in online.warnings)
+    assert online.costs["keys"].rank_memory_bytes < 10e9
+
+
 def test_more_gpus_than_a_node_has_are_pointed_out() -> None:
     flags = {
         "positions": 10**9,
