@@ -10,7 +10,7 @@ Read in this order:
   libraries, where the home directory cannot be written
 - `files.py`, `array_files.py`, `directories.py`: what appears whole or not at all;
   `temporaries.py`: what they are until then; `output_files.py`: where a command may write one file
-- `names.py`: names of files that are not UTF-8
+- `names.py`: names of files that are not UTF-8, and those that lead out of a directory
 - `folders.py`: a thousand files a folder; `typed_json.py`: records as JSON and back;
   `record_files.py`: one in a file of its own
 - `stage_directory.py`: units with records, the manifest last; `unit_maker.py`: how one is

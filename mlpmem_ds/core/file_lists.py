@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.blocks import split_blocks
-from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.errors import DamagedDataError, first_line
 from mlpmem_ds.core.files import (
     FileRecord,
     fault_of_file,
@@ -129,25 +129,20 @@ class Files:
         return by_name
 
 
-def records_in(values: Mapping[str, Any], path: Path | str) -> list[FileRecord]:
+def records_in(
+    values: Mapping[str, Any], path: Path | str, *, remedy: str = "run its stage again, it writes it anew"
+) -> list[FileRecord]:
     """The records under `files` of a manifest or a list.
 
     Raises:
-        DamagedDataError: they cannot be read.
+        DamagedDataError: they cannot be read, or name a file elsewhere.
     """
     try:
-        records = [FileRecord(**entry) for entry in values["files"]]
-        if not all(map(_is_typed, records)):
-            raise TypeError("a record whose name is no text, or whose size is no number")
-        return records
-    except (KeyError, TypeError) as error:
+        return [FileRecord(**entry) for entry in values["files"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedDataError(
-            f"{path} is damaged: its list of files cannot be read; run its stage again, it writes it anew"
+            f"{path} is damaged: its list of files cannot be read ({first_line(error)}); {remedy}"
         ) from error
-
-
-def _is_typed(record: FileRecord) -> bool:
-    return type(record.name) is str and type(record.bytes) is int and type(record.sha256) is str
 
 
 def files_of(values: Mapping[str, Any], root: Path, *, version: int = 1) -> Files:

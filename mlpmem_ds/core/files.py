@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlpmem_ds.core.errors import FULL_DISK, DamagedDataError, UserError
+from mlpmem_ds.core.names import is_name_inside
 from mlpmem_ds.core.temporaries import temporary_path
 
 SEAL = "content_sha256"
@@ -33,11 +34,22 @@ _OF_BAD_DISKS = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """A published file: its name relative to the stage directory, its size and its checksum."""
+    """A published file: its name relative to the stage directory, its size and its checksum.
+
+    Raises:
+        ValueError: a field of another type, or a name that leads out of the directory; records are read from
+            files and buckets that anyone may have written.
+    """
 
     name: str
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if (type(self.name), type(self.bytes), type(self.sha256)) != (str, int, str):
+            raise ValueError("a record whose name is no text, or whose size is no number")
+        if not is_name_inside(self.name):
+            raise ValueError(f"{self.name!r} names no file below its directory")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -270,7 +282,7 @@ def fault_of_file(root: Path, record: FileRecord, *, checksum: bool = True) -> s
         state = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         state = None
-    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a zero byte
+    except (OSError, ValueError) as error:  # a name that no file can have: too long, or half a surrogate pair
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise
         state = None

@@ -1,4 +1,4 @@
-"""Names of files as text that can be written everywhere.
+"""Names of files as text that can be written everywhere, and those that stay below a directory.
 
 Python keeps a byte of a file's name that is not UTF-8 as half of a surrogate pair, which no UTF-8 file can
 hold.
@@ -29,6 +29,11 @@ def spell_path(path: str) -> str:
     if not path.isascii():
         path = os.fsencode(path).decode("utf-8", "surrogateescape")
     return spell_name(path)
+
+
+def is_name_inside(name: str) -> bool:
+    """Whether a file of this name, with slashes, lies below whatever directory the name is joined to."""
+    return "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def printable(text: str) -> str:

@@ -188,7 +188,7 @@ def _files_of(record: Mapping[str, Any]) -> list[FileRecord]:
     """
     try:
         return [FileRecord(**entry) for entry in record["files"]]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedDataError("a unit's record has no list of files that can be read") from error
 
 

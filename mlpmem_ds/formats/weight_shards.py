@@ -213,7 +213,7 @@ def _is_done(root: Path, record: Path) -> bool:
         return False
     try:
         return fault_of_file(root, FileRecord(**read_json(record))) is None
-    except (DamagedDataError, TypeError):
+    except (TypeError, ValueError):  # a damaged one too
         return False
 
 

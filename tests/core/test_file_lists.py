@@ -78,7 +78,9 @@ def test_a_damaged_list_is_named(tmp_path: Path) -> None:
             files_of(bad, tmp_path)
 
 
-@pytest.mark.parametrize("entry", [{"name": 3}, {"bytes": "3"}, {"sha256": None}, {"size": 3}])
-def test_a_record_of_other_types_is_damage(entry: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "entry", [{"name": 3}, {"name": "../a"}, {"bytes": "3"}, {"sha256": None}, {"size": 3}]
+)
+def test_a_record_that_no_stage_writes_is_damage(entry: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(DamagedDataError, match="its list of files cannot be read"):
         files_of({"files": [{"name": "a", "bytes": 1, "sha256": "0", **entry}]}, tmp_path)

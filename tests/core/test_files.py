@@ -161,7 +161,14 @@ def test_a_sealed_file_with_what_none_of_ours_holds_is_damaged(value: str, tmp_p
         read_sealed_json(path)
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+@pytest.mark.parametrize("name", ["", "/a", "..", "../a", "a/../../b", "a//b", "./a", "a/", "a\0b"])
+def test_a_record_of_a_file_elsewhere_is_refused(name: str) -> None:
+    """A bucket's list may be written by anyone; what it names is written, replaced and removed."""
+    with pytest.raises(ValueError, match="names no file below its directory"):
+        FileRecord(name=name, bytes=1, sha256="0")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\ud800b"])
 def test_a_name_that_no_file_can_have_is_a_missing_file(name: str, tmp_path: Path) -> None:
     fault = fault_of_file(tmp_path, FileRecord(name=name, bytes=1, sha256="0"))
     assert fault is not None and "is missing" in fault

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.core.files import record_file
+from mlpmem_ds.core.files import publish_json, record_file
 from mlpmem_ds.core.unit_records import UnitRecords, missing_of, recorded_files
 
 
@@ -53,6 +53,12 @@ def test_a_file_written_after_its_record_is_not_trusted(records: UnitRecords, tm
 
 def test_a_damaged_record_is_not_trusted(records: UnitRecords) -> None:
     records.path("a").write_text("{")
+    assert not records.is_trusted("a") and records.fault("a") == "the record of unit a is damaged"
+
+
+def test_a_record_that_names_a_file_elsewhere_is_damaged(records: UnitRecords) -> None:
+    entry = {"name": "../part", "bytes": 5, "sha256": "0"}
+    publish_json(records.path("a"), {"unit": "a", "files": [entry]}, seal=True)
     assert not records.is_trusted("a") and records.fault("a") == "the record of unit a is damaged"
 
 

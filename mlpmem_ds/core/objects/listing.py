@@ -137,7 +137,8 @@ def read_listing(store: Store) -> Listing | None:
         listed = store.read(record.name)
         if listed is None or _sha256(listed) != record.sha256:
             raise DamagedDataError(f"{join_url(store.url, record.name)} is missing or changed: {_REMEDY}")
-        files += records_in(_checked(store, record.name, listed), join_url(store.url, record.name))
+        values = _checked(store, record.name, listed)
+        files += records_in(values, join_url(store.url, record.name), remedy=_REMEDY)
     return Listing(of=summary.of, sha256=_sha256(content), files=tuple(files))
 
 

@@ -243,7 +243,7 @@ def _records(found: Mapping[str, Any], path: Path, faults: list[str]) -> list[Fi
         return []
     try:
         return [FileRecord(**entry) for entry in found["files"]]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         faults.append(f"{path} is damaged: its list of files cannot be read")
         return []
 

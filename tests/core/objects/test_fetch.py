@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import pytest
 
 from mlpmem_ds.core.claims import holder
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import record_file
+from mlpmem_ds.core.files import parse_sealed_json, record_file, sealed_json
 from mlpmem_ds.core.objects import fetch
 from mlpmem_ds.core.objects.contents import directories_in
 from mlpmem_ds.core.objects.fetch import fetch_file, pull
+from mlpmem_ds.core.objects.listing import FILES
 from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
 
@@ -206,3 +208,29 @@ def test_a_directory_of_something_else_is_not_written_into(
     (stage_dir / "identity.json").write_text("{}")
     with pytest.raises(UserError, match="is of another run"):
         pull(Store(memory_url), stage_dir, flag="SOURCE")
+
+
+def rename_in_list(store: Store, name: str, other: str) -> None:
+    """Give a file another name in a mirror's list, and every checksum what it should be, as any writer of the
+    bucket can."""
+    values = parse_sealed_json(store.read(".mirror/000000.json") or b"", "list", remedy="")
+    for record in values["files"]:
+        record["name"] = other if record["name"] == name else record["name"]
+    content = sealed_json(values)
+    store.write(".mirror/000000.json", content)
+    summary = parse_sealed_json(store.read(FILES) or b"", "files", remedy="")
+    summary["lists"][0] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    store.write(FILES, sealed_json(summary))
+
+
+@pytest.mark.parametrize("other", ["../mine", "done/../../mine", "{tmp_path}/mine"])
+def test_a_list_that_names_a_file_elsewhere_is_refused(
+    memory_url: str, stage_dir: Path, tmp_path: Path, other: str
+) -> None:
+    store = Store(memory_url)
+    Push(directories_in(stage_dir)[0], store).send()
+    rename_in_list(store, "part-1.npy", other.format(tmp_path=tmp_path))
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(DamagedDataError, match=r"\.mirror/000000\.json is damaged"):
+        pull(store, tmp_path / "copy", flag="SOURCE")
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "copy").exists()
