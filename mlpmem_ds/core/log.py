@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -66,8 +67,7 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> None:
         record = {"time": round(time.time(), 3), "rank": self._rank, "event": event, **fields}
-        with naming(self._path), open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        append_json_line(self._path, record)
 
     def begin(self, **fields: Any) -> None:
         """Write `started`: from now on an end of this process before its time is noted here."""
@@ -112,6 +112,17 @@ def is_event(line: Mapping[str, Any]) -> bool:
     moment = line.get("time")
     is_time = isinstance(moment, (int, float)) and math.isfinite(moment)
     return is_time and isinstance(line.get("event"), str) and type(line.get("rank")) is int
+
+
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """One object more in a file that grows by lines. Behind a line that a crash or a full disk cut short it
+    begins a line of its own; lines of several processes never mix."""
+    line = json.dumps(value).encode() + b"\n"
+    with naming(path), open(path, "a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read().endswith(b"\n") else b"\n" + line
+        stream.write(line)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

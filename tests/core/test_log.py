@@ -27,6 +27,28 @@ def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert read_events(tmp_path / "none.jsonl") == []
 
 
+def test_an_event_behind_a_line_that_was_cut_short_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a full disk leaves it: the next start is one, and the time until then no work."""
+    path, log = tmp_path / "log.jsonl", EventLog(tmp_path / "log.jsonl", World())
+    for event, moment in (
+        ("started", 0.0),
+        ("unit", 10.0),
+        ("cut", 0.0),
+        ("started", 1000.0),
+        ("unit", 1005.0),
+    ):
+        if event == "cut":
+            path.write_bytes(path.read_bytes() + b'{"time": 11.0, "ra')
+            continue
+        monkeypatch.setattr("mlpmem_ds.core.log.time.time", lambda moment=moment: moment)
+        log.write(event)
+    assert [event["event"] for event in read_events(path)] == ["started", "unit", "started", "unit"]
+    assert seconds_of_stage(tmp_path) == 15.0
+    assert path.read_bytes().count(b"\n") == 5
+
+
 def test_no_flipped_bit_of_a_log_fails_its_readers(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     for event in ("started", "unit", "finished"):

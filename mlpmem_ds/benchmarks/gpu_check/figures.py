@@ -6,13 +6,12 @@ A step that is cut off has reported all that it had measured by then.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlpmem_ds.core.log import read_json_lines
+from mlpmem_ds.core.log import append_json_line, read_json_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +98,7 @@ class Reporter:
             direction="at least" if at_most is None else "at most",
             is_speed=is_speed,
         )
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(figure)) + "\n")
+        append_json_line(self._path, asdict(figure))
 
 
 def read_figures(path: Path) -> list[Figure]:

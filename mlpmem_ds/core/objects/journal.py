@@ -10,13 +10,12 @@ whole.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from mlpmem_ds.core.files import FileRecord, content_hash
-from mlpmem_ds.core.log import read_json_lines
+from mlpmem_ds.core.log import append_json_line, read_json_lines
 
 
 class Journal:
@@ -34,15 +33,17 @@ class Journal:
             sizes: name → bytes of the store's objects.
         """
         for line in read_json_lines(self._path):
-            if line.keys() == {"name", "bytes", "sha256"} and sizes.get(line["name"]) == line["bytes"]:
-                self._sent[line["name"]] = FileRecord(**line)
+            with contextlib.suppress(TypeError, ValueError):  # a line of other fields
+                record = FileRecord(**line)
+                if sizes.get(record.name) == record.bytes:
+                    self._sent[record.name] = record
 
     def note(self, record: FileRecord) -> None:
         with self._lock:
             self._sent[record.name] = record
             # Of a directory that cannot be written an interrupted push begins anew.
-            with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record.to_json()) + "\n")
+            with contextlib.suppress(OSError):
+                append_json_line(self._path, record.to_json())
 
     def has(self, record: FileRecord) -> bool:
         return self._sent.get(record.name) == record

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_bytes
-from mlpmem_ds.core.log import read_json_lines
+from mlpmem_ds.core.log import append_json_line, read_json_lines
 from mlpmem_ds.core.world import World
 
 _SHOWN = {"loss": "loss", "kl": "KL", "ce": "CE", "learning_rate": "lr", "gradient_norm": "norm"}
@@ -76,8 +76,7 @@ class Metrics:
         if self._writer is None:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        append_json_line(self._path, {"step": step, "time": round(time.time(), 3), **finite})
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
