@@ -36,6 +36,7 @@ from mlpmem_ds.core.directories import (
     work_directory,
 )
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.file_lists import records_in
 from mlpmem_ds.core.files import (
     FileRecord,
     fault_of_file,
@@ -152,6 +153,7 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
 
     Raises:
         UserError: the directory holds something else.
+        DamagedDataError: it holds an export that cannot say which it is.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a directory")
@@ -161,13 +163,21 @@ def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
         raise UserError(
             f"--output {output} is not empty and holds no export: choose a new directory or empty it"
         )
-    found = read_sealed_json(output / EXPORT_FILE)
+    path = output / EXPORT_FILE
+    try:
+        found = read_sealed_json(path)
+        records = records_in(found, path)
+    except DamagedDataError as error:
+        raise DamagedDataError(
+            f"--output {output} holds an export, and its {EXPORT_FILE}, which says of what, is damaged:"
+            " remove the directory and give the same command again, or choose another --output"
+        ) from error
     if differences := differences_of(found, identity):
         raise UserError(
             f"--output {output} already holds another export ({'; '.join(differences)}): choose another"
             " --output, or remove it"
         )
-    faults = [fault for entry in found["files"] if (fault := fault_of_file(output, FileRecord(**entry)))]
+    faults = [fault for record in records if (fault := fault_of_file(output, record))]
     if faults:
         _logger.warning("%s: making the export again", faults[0])
     elif not is_card_known(found) and identity["config"].get(BASE_CARD):

@@ -70,6 +70,30 @@ def test_rerun_says_complete_and_a_damaged_export_is_made_again(
     assert [path.name for path in export_dir.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("content", [None, "{", '{"files": [{"name": "../a"}]}'])
+def test_an_export_that_does_not_say_what_it_is_is_refused_with_a_remedy_that_helps(
+    export_dir: Path,
+    memory_dir: Path,
+    base_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+) -> None:
+    """It may be another export than the one that is asked for."""
+    output = tmp_path / "export"
+    shutil.copytree(export_dir, output)
+    words = ("--checkpoint", memory_dir, "--model", base_dir, "--report", export_dir.parent / "report")
+    path = output / "mlpmem_export.json"
+    path.write_text(path.read_text().replace("0", "1", 1) if content is None else content)
+    for _ in range(2):
+        assert convert(*words, "--output", output) == 2
+        said = capsys.readouterr().err
+        assert "mlpmem_export.json" in said and "remove the directory" in said
+        assert "run the stage that wrote it again" not in said
+    shutil.rmtree(output)
+    assert convert(*words, "--output", output) == 0
+
+
 def flip(name_part: str) -> Callable[[Path], None]:
     """Change the last bit of the last number of one tensor."""
 
