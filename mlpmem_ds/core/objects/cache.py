@@ -11,7 +11,7 @@
 Where room is needed, what was used longest ago goes first: directories that no live process uses, and of
 those in use the files that are fetched on demand and were not read for ten minutes (they are fetched again
 if they are). A file that a process has open stays readable for it in any case. Two URLs of the same content
-share one directory; a mirror that was pushed anew is another one.
+share one directory, named after the first of them; a mirror that was pushed anew is another one.
 
 No file is believed because it is there: whoever opens a directory compares its files with the checksums of
 the mirror's list, one process for those of a machine that wait meanwhile, and a file on demand is compared by
@@ -43,6 +43,7 @@ from mlpmem_ds.core.files import (
     size_in_words,
 )
 from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.names import is_name_inside
 from mlpmem_ds.core.objects import homes, on_demand
 from mlpmem_ds.core.objects.fetch import (
     HALF,
@@ -122,12 +123,12 @@ class Cache:
         store = Store(url)
         listing = require_listing(store, flag=flag)
         home = self.root / listing.sha256[:16]
-        root = home / (name_of_url(url) or store.scheme)
         with self._saying_whose():
             with self._one_at_a_time(self.root / ".room.claim"):
                 held.enter_context(homes.use(home))
             start, asked = time.monotonic(), time_of_file_system(home)
             with self._one_at_a_time(home / ".fetch.claim"):
+                root = home / _name_in(home, store)
                 source, fetched = self._fill(store, listing, home, root, asked=asked)
         if fetched:
             rest = "" if not source.patterns else "; the rest when it is read"
@@ -303,6 +304,15 @@ class Cache:
     def contents(self) -> list[Held]:
         """What the cache holds, the latest use first."""
         return homes.contents(self.root)
+
+
+def _name_in(home: Path, store: Store) -> str:
+    """Of the one directory in `home`: that of the URL by which it was first opened."""
+    source = homes.source_of(home)
+    if source is not None:
+        return source.name
+    name = name_of_url(store.url)
+    return name if is_name_inside(name) else store.scheme
 
 
 def _was_compared_since(home: Path, asked: float) -> bool:

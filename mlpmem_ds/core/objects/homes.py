@@ -61,7 +61,7 @@ def contents(root: Path) -> list[Held]:
     found = []
     for home in sorted(root.iterdir()) if root.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):  # another process drops it in this moment
-            if is_home(home) and (source := _source_of(home)) is not None:
+            if is_home(home) and (source := source_of(home)) is not None:
                 found.append(_held(home, source))
     return sorted(found, key=lambda each: -each.used)
 
@@ -156,7 +156,8 @@ def _is_in_use(home: Path) -> bool:
     return not all(is_given_up(path, now=now) for path in held)
 
 
-def _source_of(home: Path) -> Source | None:
+def source_of(home: Path) -> Source | None:
+    """What a directory of the cache says of itself; None where it is not there yet, or cannot be read."""
     path = home / SOURCE
     try:
         return from_json(Source, read_sealed_json(path), where=str(path), version=1)

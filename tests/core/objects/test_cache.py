@@ -52,6 +52,27 @@ def test_what_is_there_is_not_fetched_again_and_a_new_mirror_is(
     assert newer != root and result_of(newer) == result_of(tmp_path / "new")
 
 
+def test_two_urls_of_the_same_content_share_one_directory(
+    memory_url: str, stage_dir: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    """Also where their last parts differ, which name it."""
+    urls = [f"{memory_url}/{name}" for name in ("keys", "copy", "keys")]
+    for url in urls[:2]:
+        push(stage_dir, url)
+    roots = [cache.open(url, held, flag="--keys") for url in urls]
+    assert len(set(roots)) == 1 and roots[0].name == "keys" and result_of(roots[0]) == result_of(stage_dir)
+    (content,) = cache.contents()
+    assert [path.name for path in content.home.iterdir() if path.is_dir()] == ["keys"]
+
+
+def test_a_url_that_ends_above_names_no_directory_there(
+    stage_dir: Path, tmp_path: Path, cache: Cache, held: contextlib.ExitStack
+) -> None:
+    push(stage_dir, f"file://{tmp_path}/store")
+    root = cache.open(f"file://{tmp_path}/store/done/..", held, flag="--keys")
+    assert root.parent == cache.contents()[0].home and root.name == "file"
+
+
 def test_ranks_of_a_machine_fetch_a_directory_once(
     stage_url: str, stage_dir: Path, cache: Cache, held: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

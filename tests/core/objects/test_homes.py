@@ -51,7 +51,7 @@ def test_what_another_process_drops_in_this_moment_is_passed_over(
     (one, two), _ = stages(tmp_path, memory_url, 2)
     with contextlib.ExitStack() as held:
         roots = [cache.open(url, held, flag="--keys") for url in (one, two)]
-    source_of = homes._source_of
+    source_of = homes.source_of
 
     def and_drop(home: Path) -> homes.Source | None:
         source = source_of(home)
@@ -59,5 +59,5 @@ def test_what_another_process_drops_in_this_moment_is_passed_over(
             shutil.rmtree(home)
         return source
 
-    monkeypatch.setattr(homes, "_source_of", and_drop)
+    monkeypatch.setattr(homes, "source_of", and_drop)
     assert [content.source.url for content in cache.contents()] == [two]
