@@ -32,7 +32,7 @@ def spell_path(path: str) -> str:
 
 
 def is_name_inside(name: str) -> bool:
-    """Whether a file of this name, with slashes, lies below whatever directory the name is joined to."""
+    """Whether a file of this name, with slashes, lies below any directory that the name is joined to."""
     return "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 

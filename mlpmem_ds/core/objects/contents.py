@@ -22,7 +22,8 @@ from mlpmem_ds.core.objects.listing import LAST_FILES
 from mlpmem_ds.core.typed_json import to_json
 
 IDENTITY, MANIFEST, EXPORT = "identity.json", *LAST_FILES
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
+"""the folder of a stage whose directories are mirrored one by one, where they are asked for"""
 _FOR_PEOPLE = ("run.json", "log")
 Kind = Literal["stage", "listed", "plain"]
 
@@ -77,7 +78,7 @@ class LocalDirectory:
         return sorted(found, key=lambda name: (name in LAST_FILES, name))
 
     def _is_apart(self, place: Path) -> bool:
-        return self.kind == "stage" and place.as_posix() == _CHECKPOINTS
+        return self.kind == "stage" and place.as_posix() == CHECKPOINTS
 
     def units(self) -> Iterator[UnitFiles]:
         """The finished units of a stage, also of one that is at work; none of another directory."""
@@ -124,7 +125,7 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
         return [LocalDirectory(root=path, name="", kind="plain")]
     if checkpoints:
         for root, _ in list(found):
-            steps = sorted((root / _CHECKPOINTS).glob("step-*/" + MANIFEST))
+            steps = sorted((root / CHECKPOINTS).glob("step-*/" + MANIFEST))
             found += [(step.parent, "listed") for step in steps if step.parent.suffix == ""]
     return [
         LocalDirectory(root=root, name="" if root == path else root.relative_to(path).as_posix(), kind=kind)

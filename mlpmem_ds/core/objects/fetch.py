@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from mlpmem_ds.core.claims import claim_alone
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, flush, naming
+from mlpmem_ds.core.objects.contents import CHECKPOINTS, IDENTITY
 from mlpmem_ds.core.objects.listing import LAST_FILES, Listing, require_listing
 from mlpmem_ds.core.objects.parts import PART_BYTES, in_order
 from mlpmem_ds.core.objects.store import Store
@@ -195,11 +196,12 @@ def _refuse_other(root: Path, store: Store, listing: Listing) -> None:
         return
     if not root.is_dir():
         raise UserError(f"{root} is a file: give a directory for what {store.url} holds")
+    identity = listing.find(IDENTITY)
     names = {record.name.partition("/")[0] for record in listing.files}
+    names |= {CHECKPOINTS} if identity is not None else set()  # of a stage: fetched one by one
     foreign = [
         path.name for path in root.iterdir() if not path.name.startswith(".") and path.name not in names
     ]
-    identity = listing.find("identity.json")
     differs = identity is not None and (root / identity.name).is_file() and fault_of_file(root, identity)
     if foreign or differs:
         reason = f"holds {sorted(foreign)[0]}" if foreign else "is of another run"

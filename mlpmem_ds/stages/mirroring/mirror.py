@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import size_in_words
+from mlpmem_ds.core.names import is_name_inside
 from mlpmem_ds.core.objects.cache import Cache
-from mlpmem_ds.core.objects.contents import LocalDirectory, directories_in
+from mlpmem_ds.core.objects.contents import CHECKPOINTS, LocalDirectory, directories_in
 from mlpmem_ds.core.objects.fetch import pull
 from mlpmem_ds.core.objects.listing import BEGUN, FILES
 from mlpmem_ds.core.objects.push import Push, Pushed
@@ -82,6 +84,7 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
         _logger.info("%s does not exist yet: waiting until a stage makes it", source)
     while True:
         states: dict[str, Pushed] = {}
+        has_failed = False
         directories = directories_in(source, checkpoints=config.checkpoints) if source.is_dir() else []
         for directory in directories:
             if directory.kind == "plain":
@@ -96,13 +99,14 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
                 if is_first:
                     raise
                 _logger.warning("%s", error)
+                has_failed = True
                 continue
             states[place] = pushed
             if pushed.num_files:
                 _logger.info("%s", _in_words(place, pushed))
         is_first = False
-        if set(states) == {url} and states[url].is_whole:
-            return [_in_words(url, states[url])]
+        if url in states and not has_failed and all(pushed.is_whole for pushed in states.values()):
+            return [_in_words(place, pushed) for place, pushed in states.items()]
         time.sleep(config.watch_seconds)
 
 
@@ -127,16 +131,30 @@ def _name_left_out(source: Path, directories: list[LocalDirectory]) -> None:
 
 
 def _mirrors_at(url: str) -> tuple[list[tuple[str, Store]], list[str]]:
-    """(name below the URL, store) of each whole mirror there: one at the URL itself, or those of a run. Then
-    the URLs of those that are not whole."""
+    """(name below the URL, store) of each whole mirror there: one at the URL itself with the checkpoints that
+    were sent with it, or those of a run. Then the URLs of those that are not whole.
+
+    Raises:
+        DamagedDataError: one has a name that leads out of the directory into which it would be fetched.
+    """
     store = Store(url)
-    if store.read(FILES) is not None:
+    is_whole = store.read(FILES) is not None
+    names = [FILES, *store.sizes(CHECKPOINTS)] if is_whole else list(store.sizes())
+    found, begun = _folders_of(names, FILES), _folders_of(names, BEGUN)
+    if elsewhere := sorted(name for name in found if name and not is_name_inside(name)):
+        raise DamagedDataError(
+            f"{join_url(url, elsewhere[0])} names a directory outside {url}: remove its objects, or give the"
+            " URL of one stage"
+        )
+    if not found:
         return [("", store)], []
-    names = list(store.sizes())
-    found = sorted(name.removesuffix(FILES).rstrip("/") for name in names if name.endswith(f"/{FILES}"))
-    begun = {name.removesuffix(BEGUN).rstrip("/") for name in names if name.endswith(f"/{BEGUN}")}
-    halves = [join_url(url, name) for name in sorted(begun - set(found)) if name]
-    return [(name, Store(join_url(url, name))) for name in found] or [("", store)], halves
+    halves = [join_url(url, name) for name in sorted(begun - found)]
+    return [(name, Store(join_url(url, name))) for name in sorted(found)], halves
+
+
+def _folders_of(names: Iterable[str], end: str) -> set[str]:
+    """The folders in which objects of this name lie; "" is that of the URL itself."""
+    return {name[: -len(end)].rstrip("/") for name in names if f"/{name}".endswith(f"/{end}")}
 
 
 def _fetch(url: str, target: Path, config: Config) -> str:
