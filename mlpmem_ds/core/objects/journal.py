@@ -53,6 +53,7 @@ class Journal:
         return tuple(self._sent.values())
 
     def remove(self) -> None:
-        """When the mirror is whole."""
+        """When the mirror is whole, or no object of it is believed any more."""
+        self._sent.clear()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)

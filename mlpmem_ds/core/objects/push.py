@@ -1,7 +1,8 @@
 """A directory to a URL: its files, then what makes it complete, then the list of all (`listing.py`).
 
 Finished units of a stage that is still at work are sent behind it: a unit's files and then its record, as the
-stage itself publishes them.
+stage itself publishes them. What a complete stage makes anew from its units, such as a report with another
+grid, is sent again; units of other bytes are refused.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import FileRecord, record_file
+from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, record_file
 from mlpmem_ds.core.objects.contents import LocalDirectory, is_for_people
 from mlpmem_ds.core.objects.journal import Journal
 from mlpmem_ds.core.objects.listing import (
@@ -100,7 +101,7 @@ class Push:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the mirror has all of a complete directory."""
+        """Whether the mirror has all of a complete directory, as it was at the last `send`."""
         return self._former is not None and self._directory.is_complete
 
     def _refuse_other_bytes(self, listing: Listing) -> None:
@@ -112,6 +113,49 @@ class Push:
                     f"{record.sha256[:12]} and {own[record.name].sha256[:12]}), of the same flags and inputs:"
                     " choose another URL, or --replace what is there"
                 )
+
+    def _is_made_anew(self, listing: Listing) -> bool:
+        """Whether files of a complete directory that its own list does not name are others than the mirror's:
+        changed, more, or fewer. A plain one would be another directory."""
+        if self._directory.kind == "plain" or not self._directory.is_complete:
+            return False
+        own = self._directory.recorded()
+        names = {name for name in self._directory.names() if not (name in own or is_for_people(name))}
+        listed = {
+            record.name: record
+            for record in listing.files
+            if not (record.name in own or is_for_people(record.name))
+        }
+        return names != listed.keys() or any(
+            fault_of_content(self._directory.root, record) for record in listed.values()
+        )
+
+    def _reopen(self) -> None:
+        """Take away what says that the mirror is whole, unless another push has sent the same meanwhile. The
+        objects of its list are believed: what differs is sent.
+
+        Raises:
+            DamagedDataError: the directory lacks a file of its own list, which the mirror would lose, or a
+                unit's record is damaged.
+        """
+        self._former = listing = self._open()
+        if listing is None:
+            self._journal.read(self._store.sizes())
+            return
+        if not self._is_made_anew(listing):
+            return
+        unit_files = (record for unit in self._directory.units() for record in unit.files)
+        for record in (*self._directory.recorded().values(), *unit_files):
+            if fault := fault_of_file(self._directory.root, record, checksum=False):
+                raise DamagedDataError(
+                    f"{fault}: run its stage again, or fetch the directory from its mirror"
+                )
+        _logger.info("%s: files were made anew since it was sent: sending them", self._directory.root)
+        for record in listing.files:
+            self._journal.note(record)
+        withdraw(self._store)
+        begin(self._store, self.of, name=str(self._directory.root))
+        self._former = None
 
     def _refuse_another_directory(self) -> None:
         """One that has taken the place since the push began. A plain one would be read once more for it."""
@@ -126,9 +170,11 @@ class Push:
         mirror is whole."""
         start, self._num_files, self._num_bytes = time.monotonic(), 0, 0
         is_complete = self._directory.is_complete
-        if self._former is not None:  # nothing is changed below a list that says what is there
+        if self._former is not None:
             self._refuse_other_bytes(self._former)
-        else:
+            if self._is_made_anew(self._former):
+                self._reopen()
+        if self._former is None:  # nothing is changed below a list that says what is there
             with ThreadPoolExecutor(self._threads) as pool:
                 self._send_all(pool, self._in_units())
                 self._send_all(pool, self._records_of_units())

@@ -148,6 +148,87 @@ def test_two_writers_of_one_url_leave_one_whole_mirror(url: str, stage_dir: Path
     assert result_of(tmp_path / "pulled") == result_of(stage_dir)
 
 
+@pytest.fixture
+def report_dir(stage_dir: Path) -> Path:
+    """A complete stage with files that no unit has made, as a report has them."""
+    for name in ("eval.json", "lambda.png", "report.md"):
+        (stage_dir / name).write_text(f"of the first grid: {name}")
+    return stage_dir
+
+
+def test_what_is_made_anew_in_a_complete_stage_is_sent_again(memory_url: str, report_dir: Path) -> None:
+    """As a report with another grid of λ, whose units stay as they are."""
+    push = Push(directory_of(report_dir), Store(memory_url))
+    push.send()
+    former = read_listing(Store(memory_url))
+    (report_dir / "eval.json").write_text("of the other grid: eval.json")
+    (report_dir / "audit.json").write_text("new")
+    (report_dir / "lambda.png").unlink()
+    store = CountingStore(memory_url)
+    assert Push(directory_of(report_dir), store, threads=1).send().is_whole
+    sent = [name for name in store.written if not name.startswith(".mirror/")]
+    assert sent == ["audit.json", "eval.json", "manifest.json"]
+    listing = read_listing(store)
+    assert listing is not None and former is not None and listing.sha256 != former.sha256
+    assert sorted(record.name for record in listing.files) == sorted(directory_of(report_dir).names())
+    assert store.read("eval.json") == b"of the other grid: eval.json"
+    assert verify(store, flag="SOURCE").faults == () and not list(report_dir.glob(".mirror-*"))
+
+
+def test_a_push_that_goes_on_knows_what_another_has_sent(memory_url: str, report_dir: Path) -> None:
+    """As one that watches, and a command by hand."""
+    first, store = Push(directory_of(report_dir), Store(memory_url)), Store(memory_url)
+    first.send()
+    for text, sender in (("one", Push(directory_of(report_dir), store)), ("three", first)):
+        (report_dir / "eval.json").write_text(text)
+        assert sender.send().num_files == 2 and store.read("eval.json") == text.encode()
+    (report_dir / "eval.json").write_text("one")
+    Push(directory_of(report_dir), store).send()
+    assert first.send().num_files == 0
+    (report_dir / "eval.json").write_text("three")  # which `first` has sent, and the store has lost
+    assert first.send().num_files == 2 and store.read("eval.json") == b"three"
+    assert verify(store, flag="SOURCE").faults == ()
+
+
+def test_a_log_that_has_grown_is_no_other_result(memory_url: str, report_dir: Path) -> None:
+    push = Push(directory_of(report_dir), Store(memory_url))
+    push.send()
+    run(Config(output=report_dir), World())  # nothing is missing: it adds to the log
+    assert push.send().num_files == 0
+
+
+@pytest.mark.parametrize("fails_at", ["eval.json", "manifest.json"])
+def test_what_is_made_anew_is_sent_by_the_same_command_after_an_interruption(
+    memory_url: str, report_dir: Path, fails_at: str
+) -> None:
+    Push(directory_of(report_dir), Store(memory_url)).send()
+    (report_dir / "eval.json").write_text("of the other grid: eval.json")
+    with pytest.raises(KeyboardInterrupt):
+        Push(directory_of(report_dir), CountingStore(memory_url, fails_at=fails_at)).send()
+    assert read_listing(Store(memory_url)) is None
+    store = CountingStore(memory_url)
+    assert Push(directory_of(report_dir), store).send().is_whole
+    assert not any(name.startswith(("part-", "done/")) for name in store.written)
+    assert store.read("eval.json") == b"of the other grid: eval.json"
+    assert verify(store, flag="SOURCE").faults == ()
+
+
+@pytest.mark.parametrize(("name", "fault"), [("part-1.npy", "missing"), ("done/1.json", "not valid JSON")])
+def test_a_stage_that_lacks_a_file_does_not_take_it_from_its_mirror(
+    memory_url: str, report_dir: Path, name: str, fault: str
+) -> None:
+    Push(directory_of(report_dir), Store(memory_url)).send()
+    (report_dir / "eval.json").write_text("of the other grid: eval.json")
+    if name == "part-1.npy":
+        (report_dir / name).unlink()
+    else:
+        (report_dir / name).write_text("{")
+    with pytest.raises(DamagedDataError, match=f"{name} is {fault}"):
+        Push(directory_of(report_dir), Store(memory_url)).send()
+    pull(Store(memory_url), report_dir, flag="SOURCE")
+    assert (report_dir / "eval.json").read_text() == "of the first grid: eval.json"
+
+
 def test_an_object_that_vanished_meanwhile_is_no_whole_mirror(memory_url: str, stage_dir: Path) -> None:
     class Losing(Store):
         def write(self, name: str, content: bytes) -> None:
