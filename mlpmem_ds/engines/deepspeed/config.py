@@ -132,6 +132,7 @@ def resolve_ds_config(
         )
     import_deepspeed()
     resolved |= _checked_sections(path, resolved)
+    _refuse_round_robin(path, resolved)
     _check_places(path, resolved, world_size)
     return resolved
 
@@ -238,6 +239,16 @@ def _checked_sections(path: Path, config: Mapping[str, Any]) -> dict[str, dict[s
             ) from error
         checked[name] = values.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
     return checked
+
+
+def _refuse_round_robin(path: Path, config: Mapping[str, Any]) -> None:
+    """With it DeepSpeed 0.19.8 reorders the weights in its flat groups, and looks for their float32 values in
+    the former order: the written weights would be parts of each other's."""
+    if config.get("zero_optimization", {}).get("round_robin_gradients", False):
+        raise UserError(
+            f"{path}: zero_optimization.round_robin_gradients is true, and DeepSpeed then mixes up the"
+            " weights that are written: set it to false, or remove it"
+        )
 
 
 def _check_places(path: Path, config: Mapping[str, Any], world_size: int) -> None:

@@ -26,6 +26,7 @@ from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part, s
 from mlpmem_ds.engines.deepspeed.saved_shards import refuse_foreign_code
 from mlpmem_ds.engines.deepspeed.zero_state import (
     ZeroState,
+    has_same_layout,
     load_other_layout,
     whole_shape,
     whole_size,
@@ -266,8 +267,7 @@ class Engine:
         if fault := next(filter(None, faults), None):
             raise DamagedDataError(fault)
         saved_stage, saved_world = checkpoint.manifest.zero_stage, checkpoint.manifest.world
-        same_layout = saved_stage == self.stage and (saved_world == self._world.size or self.stage == 0)
-        if same_layout:
+        if saved_stage == self.stage and self._takes_groups_of(checkpoint):
             path, _ = self._engine.load_checkpoint(
                 str(checkpoint.path.parent),
                 tag=checkpoint.path.name,
@@ -285,12 +285,13 @@ class Engine:
             )
         if self._world.is_first:
             _logger.info(
-                "the checkpoint is of %d ranks at ZeRO stage %d, this run has %d at stage %d: each reads its"
-                " part",
+                "the checkpoint is of %d ranks at ZeRO stage %d, this run has %d at stage %d%s: each reads"
+                " its part",
                 saved_world,
                 saved_stage,
                 self._world.size,
                 self.stage,
+                " and other groups" if (saved_stage, saved_world) == (self.stage, self._world.size) else "",
             )
         skipped = checkpoint.manifest.skipped_steps
         load_other_layout(
@@ -299,6 +300,12 @@ class Engine:
             steps_applied=checkpoint.step - skipped,
         )
         self._engine.global_steps, self._engine.skipped_steps = checkpoint.step, skipped
+
+    def _takes_groups_of(self, checkpoint: Checkpoint) -> bool:
+        """Whether DeepSpeed can load a checkpoint of this stage; collective."""
+        if self.stage == 0:  # every rank's file holds everything by name
+            return True
+        return has_same_layout(checkpoint, self._state, self._engine._get_zero_param_shapes())
 
     # -- weights
 

@@ -1,6 +1,6 @@
 """Float32 weights and Adam's moments in the files of a checkpoint, slice by slice.
 
-Part of a resume at another number of ranks or another ZeRO stage, and of `convert_checkpoint`. The files are
+Part of a resume in another layout than the saved one, and of `convert_checkpoint`. The files are
 mapped, so that a rank reads from disk what it takes and no more. Only this file knows how DeepSpeed lays
 them out: each rank's flat groups, and where in them a weight's part lies.
 """
@@ -8,7 +8,7 @@ them out: each rank's flat groups, and where in them a weight's part lies.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,54 @@ class _Place:
     offset: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlatLayout:
+    """What has to be the same for a rank's flat groups to be taken over as they are, without names."""
+
+    shapes: Sequence[Sequence[tuple[str, tuple[int, ...]]]]
+    """the weights of each group in their order, whole"""
+    fragments: Sequence[Mapping[str, tuple[int, int]]]
+    """at stages 1 and 2 where each weight's part begins in a group, and how long it is; at stage 3 the shapes
+    tell"""
+    settings: frozenset[str]
+    """names of what the optimizer holds of a group; torch's AdamW and DeepSpeed's differ in them"""
+
+
+def layout_of(
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    fragments: Sequence[Mapping[str, Any]],
+    settings: Collection[str],
+) -> FlatLayout:
+    """That of DeepSpeed's own values."""
+    return FlatLayout(
+        shapes=[[(name, tuple(shape)) for name, shape in group.items()] for group in shapes],
+        fragments=[
+            {name: (address.start, address.numel) for name, address in group.items()} for group in fragments
+        ],
+        settings=frozenset(settings),
+    )
+
+
+def saved_layout(path: Path, names: Iterable[str], rank: int) -> FlatLayout:
+    """That of a rank in a checkpoint of stages 1 to 3.
+
+    Args:
+        path: the checkpoint's directory.
+        names: of its files, by its manifest: a rank's listing may lack what other hosts wrote a minute ago.
+        rank: whose layout.
+
+    Raises:
+        DamagedDataError: the files are not a checkpoint that can be put together.
+    """
+    try:
+        files = [path / name for name in names]
+        state = load_plain(_optimizer_files(files)[rank])["optimizer_state_dict"]
+        fragments = () if _is_of_stage_3(state) else state["param_slice_mappings"]
+        return layout_of(_saved_shapes(files), fragments, _inner_state(state)["param_groups"][0])
+    except Exception as error:  # KeyError, IndexError, and pickle's and zip's own
+        raise damaged(path, error) from error
+
+
 class SavedShards:
     """What a checkpoint of any ZeRO stage and number of ranks holds of each weight.
 
@@ -54,16 +102,17 @@ class SavedShards:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            files = sorted(path.glob("*_optim_states.pt"), key=_rank_of)
+            listed = list(path.glob("*.pt"))
+            files = _optimizer_files(listed)
             self._optimizer_state = lru_cache(maxsize=None)(lambda rank: load_plain(files[rank]))
-            groups = load_plain(sorted(path.glob("*_model_states.pt"))[0])["param_shapes"]
+            groups = _saved_shapes(listed)
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(shape) for group in groups for name, shape in group.items()
             }
-            is_stage_3 = (
-                bool(files) and "fp32_flat_groups" in self._optimizer_state(0)["optimizer_state_dict"]
+            is_stage_3 = bool(files) and _is_of_stage_3(self._optimizer_state(0)["optimizer_state_dict"])
+            self._places = (
+                _evenly_cut(groups, len(files)) if is_stage_3 else self._fragments(groups, len(files))
             )
-            self._places = _evenly_cut(groups, len(files)) if is_stage_3 else self._fragments(len(files))
         except Exception as error:  # KeyError, IndexError, and pickle's and zip's own
             raise damaged(self._path, error) from error
 
@@ -94,25 +143,29 @@ class SavedShards:
     def _flat(self, rank: int, group: int, part: Part) -> torch.Tensor:
         """A rank's flat group; mapped."""
         state = self._optimizer_state(rank)["optimizer_state_dict"]
-        inner = state["optimizer_state_dict" if "fp32_flat_groups" in state else "base_optimizer_state"]
         flat: torch.Tensor
         if part == "fp32":
-            masters = "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
+            masters = "fp32_flat_groups" if _is_of_stage_3(state) else "single_partition_of_fp32_groups"
             flat = state[masters][group]
         else:
-            flat = inner["state"][group][part]
+            flat = _inner_state(state)["state"][group][part]
         return flat
 
-    def _fragments(self, num_ranks: int) -> dict[str, list[_Place]]:
+    def _fragments(self, groups: Sequence[Mapping[str, Any]], num_ranks: int) -> dict[str, list[_Place]]:
         """Of stages 1 and 2: a group's weights lie in a row, which is cut evenly, so that a weight's parts
-        follow each other in the order of the ranks."""
-        places: dict[str, list[_Place]] = {name: [] for name in self.shapes}
+        follow each other in the order of the ranks.
+
+        Raises:
+            ValueError: they lie in another order than DeepSpeed's addresses say.
+        """
+        places: dict[str, list[_Place]] = {}
         for rank in range(num_ranks):
             mappings = self._optimizer_state(rank)["optimizer_state_dict"]["param_slice_mappings"]
             for group, mapping in enumerate(mappings):
                 for name, address in mapping.items():
-                    start = places[name][-1].stop if places[name] else 0
-                    places[name].append(
+                    parts = places.setdefault(name, [])
+                    start = parts[-1].stop if parts else 0
+                    parts.append(
                         _Place(
                             start=start,
                             stop=start + address.numel,
@@ -121,7 +174,35 @@ class SavedShards:
                             offset=address.start,
                         )
                     )
+        for number, shapes in enumerate(groups):
+            order = [name for name, parts in places.items() if parts[0].group == number]
+            if order != [name for name in shapes if name in places]:
+                raise ValueError("it was saved with round_robin_gradients, which mixes up the weights")
         return places
+
+
+def _optimizer_files(files: Iterable[Path]) -> list[Path]:
+    """In the order of the ranks."""
+    return sorted((file for file in files if file.name.endswith("_optim_states.pt")), key=_rank_of)
+
+
+def _saved_shapes(files: Iterable[Path]) -> Sequence[Mapping[str, Any]]:
+    """The whole weights' shapes, group by group; every rank's file has all of them."""
+    model_file = min(file for file in files if file.name.endswith("_model_states.pt"))
+    shapes: Sequence[Mapping[str, Any]] = load_plain(model_file)["param_shapes"]
+    return shapes
+
+
+def _is_of_stage_3(state: Mapping[str, Any]) -> bool:
+    return "fp32_flat_groups" in state
+
+
+def _inner_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the optimizer that DeepSpeed's own holds."""
+    inner: Mapping[str, Any] = state[
+        "optimizer_state_dict" if _is_of_stage_3(state) else "base_optimizer_state"
+    ]
+    return inner
 
 
 def _evenly_cut(groups: Sequence[Mapping[str, Any]], num_ranks: int) -> dict[str, list[_Place]]:

@@ -19,8 +19,14 @@ from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
-from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, Part, SavedShards
-from mlpmem_ds.engines.processes import sum_over_ranks, wait_for_all
+from mlpmem_ds.engines.deepspeed.saved_shards import (
+    PARTS,
+    Part,
+    SavedShards,
+    layout_of,
+    saved_layout,
+)
+from mlpmem_ds.engines.processes import gather_values, sum_over_ranks, wait_for_all
 from mlpmem_ds.formats.checkpoint import Checkpoint
 from mlpmem_ds.formats.weight_shards import Weight, plan_shards, publish_index, shard_names, write_safetensors
 
@@ -143,8 +149,33 @@ def set_parameter(parameter: nn.Parameter, read: Callable[[], torch.Tensor], wor
             parameter.copy_(values.reshape(parameter.shape))
 
 
+def has_same_layout(
+    checkpoint: Checkpoint, state: ZeroState, shapes: Sequence[Mapping[str, Sequence[int]]]
+) -> bool:
+    """Whether every rank's flat groups are laid out as in a checkpoint, so that DeepSpeed, which copies them
+    without names, can load it; collective.
+
+    Not at any two settings of one stage: `sub_group_size` cuts the groups of stage 3, `parameter_alignment`
+    moves the weights of stage 2, and an offloaded optimizer is another one.
+
+    Args:
+        checkpoint: of the same stage, 1 to 3.
+        state: what is loaded into.
+        shapes: of the whole weights, group by group, in the order in which DeepSpeed holds them.
+
+    Raises:
+        DamagedDataError: the files are not a checkpoint that can be put together.
+    """
+    if checkpoint.manifest.world != state.world.size:
+        return False
+    fragments = state.wrapper._param_slice_mappings if state.stage < 3 else ()
+    own = layout_of(shapes, fragments, state.optimizer.param_groups[0])
+    names = [record.name for record in checkpoint.manifest.files]
+    return all(gather_values(saved_layout(checkpoint.path, names, state.world.rank) == own, state.world))
+
+
 def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied: int) -> None:
-    """Load a checkpoint of another world size or ZeRO stage.
+    """Load a checkpoint of another world size, ZeRO stage or layout of the flat groups, by names.
 
     Each rank reads its own slice of each weight and moment out of the files, 12 bytes a parameter over all
     ranks together, and waits for the others only when it has read.

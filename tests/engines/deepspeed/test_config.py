@@ -186,6 +186,7 @@ def test_numbers_that_fit_are_taken(tmp_path):
         ('{"gradient_clipping": 0.0}', "gradient_clipping is 0.0, but --gradient-clipping is 0.5"),
         ('{"bf16": {"enabeld": true}}', "bf16 is not valid"),
         ('{"bf16": true}', "bf16 must be an object"),
+        ('{"zero_optimization": {"stage": 2, "round_robin_gradients": "true"}}', "mixes up the weights"),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checkpoints taken over by another number of ranks and another stage, with a rank that is slow to read."""
+"""Checkpoints taken over by other numbers of ranks, stages and layouts, with a rank that is slow to read."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
 from mlpmem_ds.engines.deepspeed.saved_shards import PARTS, SavedShards
-from mlpmem_ds.engines.deepspeed.zero_state import link_moments, set_parameter
+from mlpmem_ds.engines.deepspeed.zero_state import link_moments, load_other_layout, set_parameter
 from mlpmem_ds.engines.processes import sum_over_ranks
 from mlpmem_ds.maths.sparse_loss import TargetBatch
 from mlpmem_ds.models.memory_config import MemoryConfig
@@ -38,9 +38,10 @@ root, limit, sleep = Path(sys.argv[1]), *map(float, sys.argv[2:4])
 files = json.loads(sys.argv[4])
 memory = MemoryConfig(input_size=10, hidden_size=11, intermediate_size=13, num_blocks=2, vocab_size=17)
 
-def build(name, world, **more):
+def build(name, world, zero=None, **more):
     config = resolve_ds_config(Path(files[name]), batch=6, batch_flag="--b", world_size=world.size,
                                max_micro_batch=6, gradient_clipping=1.0)
+    config["zero_optimization"] |= zero or {}
     if config["zero_optimization"]["stage"] == 3:  # some matrices are cut, the rest stays whole on each rank
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 120
     return build_engine(lambda: MemoryWithLoss(memory, alpha=0.5), config=config,
@@ -91,19 +92,52 @@ def save_all(world):
 def start_meeting(world):
     set_up_distributed(world, timeout=datetime.timedelta(seconds=limit))
 
+def resume_from(source, engine):
+    saved = engine.resume(root / source / "checkpoints")
+    assert saved.step == 3 and saved.values == {"x": 1}
+    expected = torch.load(root / f"{source}.pt", weights_only=True)
+    for key, parts in everything(engine).items():
+        for number, (part, expected_part) in enumerate(zip(parts, expected[key])):
+            assert torch.equal(part, expected_part), (source, engine.stage, key, number)
+
 def take_over(world):
     '''Every checkpoint into every stage.'''
     set_up_distributed(world)
     for name in files:
         engine = build(name, world)
         for source in files:
-            saved = engine.resume(root / source / "checkpoints")
-            assert saved.step == 3 and saved.values == {"x": 1}
-            expected = torch.load(root / f"{source}.pt", weights_only=True)
-            for key, parts in everything(engine).items():
-                for number, (part, wanted) in enumerate(zip(parts, expected[key])):
-                    assert torch.equal(part, wanted), (source, name, key, number)
+            resume_from(source, engine)
         engine.train_step([arguments(3)], 0.01)
+
+def go_on(world):
+    '''As many ranks at the same stage, with the same flat groups and with others.'''
+    set_up_distributed(world)
+    by_names = []
+    def load_by_names(*arguments, **named):
+        by_names.append(arguments)
+        load_other_layout(*arguments, **named)
+    engine_file.load_other_layout = load_by_names
+    other = {"zero2": [{"parameter_alignment": True}], "zero3": [{"sub_group_size": 100}]}
+    for name in files:
+        for zero in ({}, *other.get(name, ())):
+            engine = build(name, world, zero)
+            resume_from(name, engine)
+            assert len(by_names) == bool(zero), (name, zero)
+            by_names.clear()
+            engine.train_step([arguments(2)], 0.01)
+    engine = build("zero3", world)
+    engine._engine.basic_optimizer.param_groups[0]["bias_correction"] = True  # as DeepSpeed's own Adam has
+    resume_from("zero3", engine)
+    assert by_names
+    mix_up(world)
+
+def mix_up(world):
+    '''What DeepSpeed calls the float32 values of a weight are not those that it trains.'''
+    engine = build("zero2", world, {"round_robin_gradients": True})
+    engine.train_step([arguments(2)], 0.01)
+    found = everything(engine).values()
+    assert any(not torch.equal(weight.bfloat16(), read) for weight, *_, read in found)
+    engine.save(root / "mixed" / "checkpoints", 1, subject={}, values={}, keep=9)
 
 def start_slowly(world):
     start_meeting(world)
@@ -175,6 +209,7 @@ join(start(save_all, 3))
 # Three worlds that mostly sleep, and one that works meanwhile.
 tasks = (start_slowly, write_slowly, save_slowly, take_over)
 join([pid for task in tasks for pid in start(task, 2)])
+join(start(go_on, 3))
 """
 
 
@@ -198,6 +233,12 @@ def saved(tmp_path_factory, forked_commands):
 def test_any_stage_and_number_of_ranks_goes_on_with_the_same_numbers(saved):
     """Weights, moments and what the forward reads, bit for bit; a slow rank is waited for."""
     assert (saved / "limited").exists()
+
+
+def test_weights_that_deepspeed_mixes_up_are_not_read(saved):
+    """Where this fails, `round_robin_gradients` need not be refused any more (deepspeed/config.py)."""
+    with pytest.raises(DamagedDataError, match="saved with round_robin_gradients"):
+        SavedShards(saved / "mixed" / "checkpoints" / "step-00000001")
 
 
 @pytest.mark.parametrize("name", STAGES)
