@@ -56,8 +56,8 @@ class LoopSettings:
 class Hooks:
     """What the loop calls, each with the number of steps done. All are collective."""
 
-    save: Callable[[int], None]
-    """publishes a checkpoint"""
+    save: Callable[[int, Reason | None], None]
+    """publishes a checkpoint; given why the run ends with it, None where it goes on or has done all steps"""
     validate: Callable[[int], bool] | None
     """says whether to stop, because the last validations were no better than an earlier one; None = none"""
     explain: Callable[[int], str]
@@ -120,7 +120,7 @@ def run_steps(
                 has_stalled = hooks.validate(done)
             reason = "patience" if has_stalled and not is_last else reason
         if is_last or reason is not None or done % settings.save_every == 0:
-            hooks.save(done)
+            hooks.save(done, None if done == steps.count else reason)
         if reason is not None and done != steps.count:
             return Outcome(steps=done, reason=reason)
     return Outcome(steps=steps.count, reason="done")

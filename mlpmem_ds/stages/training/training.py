@@ -33,7 +33,7 @@ from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.formats.weight_shards import WeightFiles
 from mlpmem_ds.stages.training.curves import draw_curves
 from mlpmem_ds.stages.training.intervals import interval_advice
-from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, Outcome, run_steps
+from mlpmem_ds.stages.training.loop import Hooks, LoopSettings, Outcome, Reason, run_steps
 from mlpmem_ds.stages.training.metrics import Metrics
 from mlpmem_ds.stages.training.options import TrainingOptions
 from mlpmem_ds.stages.training.parts import Batches, Objective, Steps, Validator
@@ -150,6 +150,8 @@ class Training:
     def _run(self) -> None:
         saved = self._resume()
         first, values = (0, {}) if saved is None else (saved.step, saved.values)
+        if saved is None and self._world.is_first:
+            self._forget_result()
         self._batches.continue_from(values.get("reader"))
         self._best = BestWeights(self._options.output, values.get("validations", ()))
         if saved is not None and self._options.selects_best:
@@ -163,7 +165,7 @@ class Training:
             run_id=self._directory.identity_sha256[:16],
             description=plain_values(self._options),
         )
-        outcome = self._run_steps(first)
+        outcome = self._run_steps(first, values.get("reason"))
         self._metrics.close()
         if outcome.is_over:
             self._finish(outcome)
@@ -182,6 +184,14 @@ class Training:
             return self._engine.resume(self._checkpoints, copies=copies, subject=subject)
         discard_checkpoints(self._checkpoints, copies=copies, subject=subject, world=self._world)
         return None
+
+    def _forget_result(self) -> None:
+        """That of an earlier start whose checkpoints are gone: this one's is written in its place.
+
+        Not where there was a manifest, since later stages may have read it: it has to come out the same.
+        """
+        if not self._directory.manifest_path.is_file():
+            self._directory.records.path(_UNIT).unlink(missing_ok=True)
 
     def _restore_best(self, saved: SavedState) -> None:
         """Of what the checkpoint names as the best, have the weights, or forget it."""
@@ -230,9 +240,11 @@ class Training:
 
     # -- the steps
 
-    def _run_steps(self, first: int) -> Outcome:
-        if self._has_stalled():  # in an earlier start, which was killed just before its end
-            return Outcome(steps=first, reason="patience")
+    def _run_steps(self, first: int, saved_reason: Reason | None) -> Outcome:
+        """The steps from `first` on, whose checkpoint was saved for this reason."""
+        reason = "patience" if self._has_stalled() else saved_reason
+        if reason in ("patience", "budget"):  # an earlier start was killed before the result was complete
+            return Outcome(steps=first, reason=reason)
         rows_left = (self._steps.count - first) * self._steps.rows
         progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
         self._directory.log_phase(self._steps.count, missing=self._steps.count - first, of="steps")
@@ -264,7 +276,7 @@ class Training:
         )
         return feed.stream(self._batches.stream(first, self._steps.count))
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, reason: Reason | None) -> None:
         start = time.monotonic()
         self._engine.save(
             self._checkpoints,
@@ -275,6 +287,7 @@ class Training:
                 "reader": self._batches.state_after(step),
                 "validations": self._best.to_json(),
                 "seconds": time.monotonic() - self._began,
+                "reason": reason,
             },
             keep=self._options.keep_checkpoints,
             best=self._best.held() if self._options.selects_best else None,

@@ -157,7 +157,7 @@ def run_skipping(*skips, max_skipped):
             save_every=99,
             max_skipped=max_skipped,
         ),
-        hooks=Hooks(save=lambda done: None, validate=None, explain=lambda step: ""),
+        hooks=Hooks(save=lambda *_: None, validate=None, explain=lambda step: ""),
         stop_request=types.SimpleNamespace(agreed=lambda *late: (False, *late)),
         progress=types.SimpleNamespace(advance=lambda rows, note: None),
         metrics=types.SimpleNamespace(write=lambda done, values: None),

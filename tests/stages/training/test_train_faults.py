@@ -50,6 +50,8 @@ FLAGS = {
 }
 
 
+SPENT = {"time_budget_seconds": 1e-3}
+
 @pytest.fixture(scope="module")
 def runs(make_runs, corpus_dir, keys_dir):
     return make_runs({**FLAGS, "corpus": corpus_dir, "keys": keys_dir})
@@ -82,11 +84,16 @@ def damaged_keys(runs, keys_dir):
 
 
 @pytest.fixture(scope="module")
-def driven(runs, base_dir, bare_keys, damaged_keys):
+def often(base_dir):
+    """Flags of a training that is validated every two steps."""
+    return {"validate_every": 2, "validation_positions": 100, "model": base_dir}
+
+
+@pytest.fixture(scope="module")
+def driven(runs, base_dir, often, bare_keys, damaged_keys):
     """Every start that does not depend on another's outcome; what each said, by name."""
     base = {"model": base_dir, "order": "blocks"}
     online = {"model": base_dir, "keys": bare_keys}
-    often = {"validate_every": 2, "validation_positions": 100, "model": base_dir}
     diverging = {"early_stopping_patience": 2, "learning_rate": 3.0, "schedule": "constant"}
     hopeless = {"keys": damaged_keys, "batch_positions": 768, "epochs": 20.0, "max_skipped_steps": 2}
     steps = {
@@ -105,7 +112,7 @@ def driven(runs, base_dir, bare_keys, damaged_keys):
         "all-nan": runs.start("all-nan", 2, **hopeless),
         "copied": runs.start("copied", 2, copy_to=runs / "copies"),
         "timed": runs.start("timed", 3, stop_after_seconds=1e-3, size=2),
-        "budget": runs.start("budget", 2, **often, time_budget_seconds=1e-3, size=2),
+        "budget": runs.start("budget", 2, **often, **SPENT, size=2),
     }
     if HAS_COMPILER:
         steps["compiled"] = runs.start("compiled", 3, compile=True, recompute_activations=True)
@@ -297,6 +304,32 @@ def weights_of_checkpoint(output):
     """The weights in a training's newest checkpoint."""
     checkpoint = find_checkpoint(output, None)
     return with_weights(describe_checkpoint(checkpoint), checkpoint, output).weights
+def test_a_training_that_ended_early_makes_no_steps_when_its_result_is_written_again(runs, driven, often):
+    """Killed before its manifest, damaged later, or discarded: the weights are those of its last step."""
+    for name in ("cut", "rotten", "anew"):
+        shutil.copytree(runs / "budget", runs / f"budget-{name}")
+    for name in ("cut", "anew"):
+        (runs / f"budget-{name}" / "manifest.json").unlink()
+    file = runs / "budget-rotten" / "weights" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    said = runs.succeed(
+        *(
+            runs.start(f"budget-{name}", 2, **often, **SPENT, size=2, **more)
+            for name, more in (("cut", {}), ("rotten", {}), ("anew", {"resume": "never"}))
+        )
+    )
+    for name, words in zip(("cut", "rotten", "anew"), said, strict=True):
+        assert "after --time-budget-seconds at step 3" in words, name
+        runs.assert_same_weights(f"budget-{name}", "budget")
+        events = (runs / f"budget-{name}" / "log.jsonl").read_text()
+        assert events.count('"unit": "weights"') == (1 if name == "cut" else 2), name
+    for name in ("cut", "rotten"):
+        assert runs.manifest(f"budget-{name}") == runs.manifest("budget")
+        assert len(runs.losses(f"budget-{name}")) == 3
+
+
 
 
 def test_kills_at_random_and_at_each_phase_of_saving_end_in_the_undisturbed_weights(runs):
