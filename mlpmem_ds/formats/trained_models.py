@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +33,7 @@ class Provenance:
     """What a memory was made from and for; None = it does not apply, or is not known (an imported memory).
 
     `base`, `key_model` fingerprints of models; `corpus`, `keys`, `targets`, `init_from` SHA-256 of what it
-    was trained from; `steps` done, `steps_planned` where it was taken from a checkpoint before the end;
+    was trained from; `steps` done, `steps_planned` where it ended early or was taken from a checkpoint;
     `objective_reason` why `--objective auto` chose the objective; `recipe` by name, and what of it was
     changed; `control` which control it is, if it is no memory to be used.
     """
@@ -74,10 +74,15 @@ class Provenance:
 
     @property
     def num_positions_read(self) -> int | None:
-        """Positions of all training steps; None where it is not known."""
-        if self.steps is None or self.batch_positions is None:
+        """Positions of all training steps; None where it is not known: those of a memory that the training
+        started from count too."""
+        if self.steps is None or self.batch_positions is None or self.init_from is not None:
             return None
         return self.steps * self.batch_positions
+
+    def after(self, steps: int) -> Provenance:
+        """That of a training which was planned, after so many of its steps."""
+        return replace(self, steps=steps, steps_planned=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +207,7 @@ def _describe_weights(writer: UnitWriter, memory: Mapping[str, Any], provenance:
 @dataclass(frozen=True, kw_only=True)
 class TrainedMemory:
     """A trained memory as read from disk: `memory` is a MemoryConfig's dict, `weights` a plain Memory's state
-    dict."""
+    dict. The provenance has the steps done, where the files have the planned ones."""
 
     sha256: str
     memory: Mapping[str, Any]
@@ -229,9 +234,10 @@ def read_weights(root: Path, *, flag: str = "--memory") -> TrainedMemory:
             f"the weights of {root} cannot be read ({error}): run the training again, it writes them from its"
             " last checkpoint"
         ) from error
-    return TrainedMemory(
-        sha256=stage.sha256, memory=described.memory, provenance=described.provenance, weights=weights
-    )
+    provenance, result = described.provenance, stage.manifest.training
+    if result is not None and result.steps != provenance.steps:
+        provenance = provenance.after(result.steps)
+    return TrainedMemory(sha256=stage.sha256, memory=described.memory, provenance=provenance, weights=weights)
 
 
 def read_memory_description(path: Path) -> MemoryDescription:

@@ -10,6 +10,7 @@ from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.trained_models import (
     MemoryManifest,
+    TrainingResult,
     read_memory_description,
     read_weights,
     write_weights,
@@ -18,17 +19,40 @@ from mlpmem_ds.formats.trained_models import (
 from ..manifests import make_provenance
 
 
-def test_weights_round_trip(tmp_path):
-    provenance = make_provenance(steps=3, alpha=0.5)
-    weights = {"head.weight": torch.randn(5, 3), "final_norm.bias": torch.randn(3)}
-    directory = open_stage(
-        tmp_path / "memory",
+def open_memory(root):
+    return open_stage(
+        root,
         stage=MemoryManifest.FORMAT,
         version=MemoryManifest.VERSION,
         config=Flags(),
         inputs={},
         world=World(),
     )
+
+
+def test_the_positions_read_are_those_of_the_steps_done(tmp_path):
+    """Of a training that ended early, too; not known where it started from a memory, which read others."""
+    provenance = make_provenance(steps=20, batch_positions=96)
+    result = TrainingResult(steps=3, rows_per_step=96, selected_step=2, validations=())
+    directory = open_memory(tmp_path / "memory")
+    weights, shape = {"head.weight": torch.randn(5, 3)}, {"vocab_size": 5}
+    directory.run_units(
+        ["weights"],
+        lambda _, writer: write_weights(writer, weights, memory=shape, provenance=provenance),
+    )
+    manifest = MemoryManifest(memory=shape, provenance=provenance, training=result)
+    directory.complete(["weights"], lambda: manifest)
+    done = read_weights(tmp_path / "memory").provenance
+    assert (done.steps, done.steps_planned, done.num_positions_read) == (3, 20, 3 * 96)
+    assert provenance.num_positions_read == 20 * 96
+    started = make_provenance(steps=20, batch_positions=96, init_from="a" * 64)
+    assert started.num_positions_read is None
+
+
+def test_weights_round_trip(tmp_path):
+    provenance = make_provenance(steps=3, alpha=0.5)
+    weights = {"head.weight": torch.randn(5, 3), "final_norm.bias": torch.randn(3)}
+    directory = open_memory(tmp_path / "memory")
     with pytest.raises(UserError, match="not complete"):
         read_weights(tmp_path / "memory")
     directory.run_units(

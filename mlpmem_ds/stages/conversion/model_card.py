@@ -196,9 +196,7 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
         f"Corpus: {_tokens(inputs.corpus)} (SHA-256 of its manifest {_shown(provenance.corpus)})",
         (
             f"Training: α {_shown(provenance.alpha)} (weight of KL against the retriever; 1 - α of cross"
-            f" entropy, {_shown(provenance.ce_through)}), {_shown(provenance.steps)}"
-            f" steps{_planned(provenance)} of {_shown(provenance.batch_positions)} positions,"
-            f" {_shown(provenance.epochs)} epochs"
+            f" entropy, {_shown(provenance.ce_through)}), {_length(provenance)}"
         ),
     ]
     if provenance.alpha == 0:
@@ -261,10 +259,14 @@ def _excluded(targets: TargetsManifest) -> str:
     return f"the position itself{document}{window}"
 
 
-def _planned(provenance: Provenance) -> str:
-    """The planned steps of a training, if the memory is an earlier checkpoint of it."""
-    planned = provenance.steps_planned
-    return "" if planned in (None, provenance.steps) else f" (a checkpoint; {planned} were planned)"
+def _length(provenance: Provenance) -> str:
+    """The steps done, and those planned where the training ended early or a checkpoint was taken."""
+    done, planned = provenance.steps, provenance.steps_planned
+    steps = f"{_shown(done)} steps of {_shown(provenance.batch_positions)} positions"
+    epochs = f"{_shown(provenance.epochs)} epochs"
+    if planned in (None, done):
+        return f"{steps}, {epochs}"
+    return f"{steps} ({planned} in {epochs} were planned)"
 
 
 def _imported(provenance: Provenance) -> list[str]:

@@ -84,11 +84,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> TrainedMemory:
         where=f"{path}, which is not of a memory,",
         version=CheckpointManifest.VERSION,
     )
-    planned = subject.provenance.steps
     return TrainedMemory(
         sha256=sha256_of_file(path),
         memory=subject.memory,
-        provenance=dataclasses.replace(subject.provenance, steps=checkpoint.step, steps_planned=planned),
+        provenance=subject.provenance.after(checkpoint.step),
         weights={},
     )
 

@@ -29,6 +29,7 @@ from mlpmem_ds.stages.conversion.convert_checkpoint import EXPORT_FILE, LOGIT_BO
 from mlpmem_ds.stages.inspection.contents import read_run
 from mlpmem_ds.stages.training.initial_memory import hash_initial_memory, open_initial_memory
 
+from ...manifests import make_provenance
 from .conftest import IDS, LAMBDA, MemoryFlags, convert, expected_mixture, save_memory
 
 STRANGER = """
@@ -246,6 +247,13 @@ def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
         facts = model_card._facts(flags, of_base)
         assert (facts.license, facts.language) == (expected, ("de",))
         assert ("some/base cannot be read" in caplog.text and "--license" in caplog.text) == is_said
+
+
+def test_a_card_counts_the_steps_done() -> None:
+    whole = make_provenance(steps=20, batch_positions=96, epochs=5.0)
+    assert model_card._length(whole) == "20 steps of 96 positions, 5.0 epochs"
+    planned = "(20 in 5.0 epochs were planned)"
+    assert model_card._length(whole.after(3)) == f"3 steps of 96 positions {planned}"
 
 
 def test_an_export_is_complete_for_the_bases_card_tokenizer_and_settings(

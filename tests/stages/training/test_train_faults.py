@@ -22,6 +22,7 @@ from mlpmem_ds.engines.hidden_states import TransformersSource
 from mlpmem_ds.formats.checkpoint import fault_of_checkpoint, list_checkpoints
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import bfloat16_bits
+from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.memory import Memory
@@ -49,8 +50,8 @@ FLAGS = {
     "validate_every": None,
 }
 
-
 SPENT = {"time_budget_seconds": 1e-3}
+
 
 @pytest.fixture(scope="module")
 def runs(make_runs, corpus_dir, keys_dir):
@@ -288,22 +289,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_second_place_takes_over(run
 
 
 def test_a_spent_time_budget_ends_the_training_with_a_result(runs, driven):
-    """Its last step is logged, validated and saved as that of a whole run."""
+    """Its last step is logged, validated and saved as that of a whole run, and it read so many positions."""
     manifest = runs.manifest("budget")
     training = manifest["training"]
     assert training["steps"] == training["selected_step"] == 3 < manifest["provenance"]["steps"]
     assert [validation["step"] for validation in training["validations"]][-1] == 3
     assert "stopped after --time-budget-seconds at step 3" in driven["budget"]
+    provenance = read_weights(runs / "budget").provenance
+    assert (provenance.steps, provenance.steps_planned) == (3, manifest["provenance"]["steps"])
+    assert provenance.num_positions_read == 3 * FLAGS["batch_positions"]
     checkpoint = weights_of_checkpoint(runs / "budget")
     weights = runs.weights("budget")
     assert len(runs.losses("budget")) == 3 and weights.keys() == checkpoint.keys()
     assert all(torch.equal(checkpoint[name], tensor) for name, tensor in weights.items())
 
 
-def weights_of_checkpoint(output):
-    """The weights in a training's newest checkpoint."""
-    checkpoint = find_checkpoint(output, None)
-    return with_weights(describe_checkpoint(checkpoint), checkpoint, output).weights
 def test_a_training_that_ended_early_makes_no_steps_when_its_result_is_written_again(runs, driven, often):
     """Killed before its manifest, damaged later, or discarded: the weights are those of its last step."""
     for name in ("cut", "rotten", "anew"):
@@ -330,6 +330,10 @@ def test_a_training_that_ended_early_makes_no_steps_when_its_result_is_written_a
         assert len(runs.losses(f"budget-{name}")) == 3
 
 
+def weights_of_checkpoint(output):
+    """The weights in a training's newest checkpoint."""
+    checkpoint = find_checkpoint(output, None)
+    return with_weights(describe_checkpoint(checkpoint), checkpoint, output).weights
 
 
 def test_kills_at_random_and_at_each_phase_of_saving_end_in_the_undisturbed_weights(runs):
