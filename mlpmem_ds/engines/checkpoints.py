@@ -32,6 +32,7 @@ from mlpmem_ds.formats.checkpoint import (
     remove_unfinished,
     set_aside,
 )
+from mlpmem_ds.formats.trained_models import PROVENANCE_FIELD, deciding_provenance
 
 _logger = logging.getLogger(__name__)
 _BYTES_OF_A_PARAMETER = 14  # float32 master weight and two moments, bfloat16 weight
@@ -230,14 +231,23 @@ def _fault_of_training(checkpoint: Checkpoint, subject: Mapping[str, Any]) -> st
     """That a checkpoint is of another training, or None."""
     saved = checkpoint.manifest.subject
     for name, value in subject.items():
-        is_unnamed = name == IDENTITY_FIELD and name not in saved  # an earlier program did not write it
-        if not is_unnamed and saved.get(name) != value:
+        if _differs(name, value, saved):
             differs = "it has other flags or inputs" if name == IDENTITY_FIELD else f"its {name} differs"
             return (
                 f"{checkpoint.path} is of another training ({differs}): give each training its own --output"
                 " and --copy-to"
             )
     return None
+
+
+def _differs(name: str, value: Any, saved: Mapping[str, Any]) -> bool:
+    """Whether a field of a training's subject is not that of a checkpoint."""
+    is_named = IDENTITY_FIELD in saved  # an earlier program did not write it
+    if name == IDENTITY_FIELD:
+        return is_named and saved[name] != value
+    if name == PROVENANCE_FIELD:  # the identity has all of its flags and inputs
+        return not is_named and deciding_provenance(saved.get(name, {})) != deciding_provenance(value)
+    return bool(saved.get(name) != value)
 
 
 def _warn_of_unnamed_run(checkpoint: Checkpoint, subject: Mapping[str, Any]) -> None:

@@ -18,6 +18,10 @@ from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.formats.keys import Point
 from mlpmem_ds.formats.weight_shards import WeightFiles
 
+PROVENANCE_FIELD = "provenance"
+"""of the subject of a memory's checkpoints"""
+_SAYS_AGAIN = ("objective_reason", "recipe", "recipe_changes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedMemory:
@@ -160,6 +164,16 @@ class MemorySubject:
 
     memory: Mapping[str, Any]
     provenance: Provenance
+
+
+def deciding_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What two trainings can differ in, of a provenance as plain values: not what says the same flags again,
+    and nothing that is at its default, which an earlier program may not have written."""
+    return {
+        name: value
+        for name, value in provenance.items()
+        if name not in _SAYS_AGAIN and value not in (None, [])
+    }
 
 
 def write_weights(

@@ -92,6 +92,21 @@ def test_copies_of_another_run_are_refused_wherever_they_stand(tmp_path):
         find(root, memory="small", identity="a")
 
 
+def test_what_a_provenance_says_of_flags_and_not_how_tells_trainings_apart(tmp_path):
+    """Flags may be given by a recipe, or chosen for a reason, and a program may say it in other words."""
+    provenance = {"corpus": "a", "alpha": 0.5, "recipe": "paper", "objective_reason": "the base is weak"}
+    same = {"corpus": "a", "alpha": 0.5, "recipe": None, "objective_reason": None, "earlier_layers": []}
+    other = {**same, "alpha": 0.4}
+    save(tmp_path / "named", 3, provenance=provenance, identity="a")
+    save(tmp_path / "unnamed", 3, provenance=provenance)
+    for root in (tmp_path / "named", tmp_path / "unnamed"):
+        assert find(root, memory="small", provenance=same, identity="a").step == 3
+    with pytest.raises(UserError, match="its provenance differs"):
+        find(tmp_path / "unnamed", memory="small", provenance=other, identity="a")
+    with pytest.raises(UserError, match="other flags or inputs"):
+        find(tmp_path / "named", memory="small", provenance=other, identity="b")
+
+
 def test_copies_that_name_no_run_are_taken_with_a_warning(tmp_path, caplog):
     """Of an earlier program; the own ones without it."""
     root, copies = tmp_path / "checkpoints", tmp_path / "copies"

@@ -129,6 +129,17 @@ def test_own_checkpoints_that_do_not_name_the_run_are_continued(straight):
     runs.assert_same_weights("older", "plain")
 
 
+def test_a_training_goes_on_where_its_flags_are_given_in_another_way(straight):
+    """By a recipe, and then themselves."""
+    runs = straight
+    said = runs.succeed(
+        runs.start("by-recipe", 2, recipe="paper", stop_after_seconds=1e-3),
+        runs.start("by-recipe", 2),
+    )
+    assert "(step 3)" in said[1]
+    runs.assert_same_weights("by-recipe", "plain")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_base_does_not_continue_the_copies_of_another_seed(make_runs, corpus_dir, size):
     flags = {"corpus": corpus_dir, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "batch_tokens": 256}
