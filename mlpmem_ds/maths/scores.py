@@ -15,7 +15,13 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 def perplexity(log_probabilities_N: Array) -> float:
     """exp of the mean negative log-probability; infinite if one position has probability 0."""
-    return float(np.exp(-_float64(log_probabilities_N).mean()))
+    return float(perplexity_of(_float64(log_probabilities_N).mean()))
+
+
+def perplexity_of(means: Array | float) -> Array:
+    """exp of the negative of mean log-probabilities; infinite beyond float64, from 710 nats on."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(-np.asarray(means, dtype=np.float64)))
 
 
 def bits_per_byte(log_probabilities_N: Array, num_bytes: int) -> float:

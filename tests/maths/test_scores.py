@@ -19,7 +19,7 @@ def test_perplexity_and_bits_per_byte_of_known_probabilities():
     log_probabilities = np.log([0.5, 0.25, 0.125]).astype(np.float32)
     assert perplexity(log_probabilities) == pytest.approx(4.0, rel=1e-7)
     assert bits_per_byte(log_probabilities, 12) == pytest.approx(0.5, rel=1e-7)
-    assert perplexity(np.array([-1.0, -np.inf])) == math.inf
+    assert perplexity(np.array([-1.0, -np.inf])) == perplexity(np.full(3, -800.0)) == math.inf
     with pytest.raises(ValueError, match="0 bytes"):
         bits_per_byte(log_probabilities, 0)
 

@@ -18,6 +18,7 @@ from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.window_tokens import window_tokens
 from mlpmem_ds.maths.head_scores import label_log_probabilities
+from mlpmem_ds.maths.scores import perplexity_of
 from mlpmem_ds.models.structure import output_head
 from mlpmem_ds.stages.base.objective import NextTokenModule
 from mlpmem_ds.stages.training.validation import Validation
@@ -39,8 +40,8 @@ class BaseValidator:
         with engine.evaluating():
             for score in self._scores(module, engine.device):
                 total += score  # in this order: the sum's last bits reach a file
-        totals = gather_values(total, self._world)
-        return Validation(step=step, perplexity=math.exp(-math.fsum(totals) / self._tuning.num_counted))
+        mean = math.fsum(gather_values(total, self._world)) / self._tuning.num_counted
+        return Validation(step=step, perplexity=float(perplexity_of(mean)))
 
     def _scores(self, module: NextTokenModule, device: torch.device) -> Iterator[float]:
         """The log-probability of each of this rank's windows, of the positions that it predicts."""

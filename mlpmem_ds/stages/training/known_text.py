@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from mlpmem_ds.formats.keys import Keys
+from mlpmem_ds.maths.scores import perplexity
 
 _logger = logging.getLogger(__name__)
 _KNOWN_SHARE = 0.75  # of the perplexity on other text: bases trained on the text had .3 to .5, others about 1
@@ -23,7 +24,7 @@ def train_perplexity(keys: Keys) -> float:
     blocks = keys.blocks
     chosen = blocks[:: math.ceil(len(blocks) / _NUM_UNITS)]
     rows = [keys.unit("log_probabilities", block.start)[:_ROWS_OF_UNIT] for block in chosen]
-    return math.exp(-float(np.concatenate(rows).mean(dtype=np.float64)))
+    return perplexity(np.concatenate(rows))
 
 
 def warn_of_known_text(keys: Keys, tuning_perplexity: float) -> None:

@@ -21,6 +21,7 @@ from mlpmem_ds.engines.hidden_states import StateSource, scan_positions, state_w
 from mlpmem_ds.engines.processes import gather_values
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.counted_rows import CountedRows
+from mlpmem_ds.maths.scores import perplexity_of
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.mixture import Grid
 from mlpmem_ds.models.mixture_scores import mixed_scores
@@ -92,7 +93,8 @@ class MemoryValidator:
 
     def base_perplexity(self) -> float:
         """Of the base alone, on all ranks' rows; collective."""
-        return math.exp(-sum(gather_values(float(self._base_N.sum()), self._world)) / self.num_positions)
+        total = sum(gather_values(float(self._base_N.sum()), self._world))
+        return float(perplexity_of(total / self.num_positions))
 
     def run(self, engine: Engine, step: int) -> Validation:
         """Score the memory as it is now."""
@@ -103,7 +105,7 @@ class MemoryValidator:
             *(mixed_scores(self._base_N, memory_N, gate.lmbda).sum() for gate in _GRID),
         ]
         totals = np.array(gather_values([float(value) for value in sums], self._world)).sum(axis=0)
-        base, memory, *mixtures = np.exp(-totals / self.num_positions).tolist()
+        base, memory, *mixtures = perplexity_of(totals / self.num_positions).tolist()
         best = int(np.argmin(mixtures))
         return Validation(
             step=step,
