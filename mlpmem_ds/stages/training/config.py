@@ -272,4 +272,5 @@ class Config(TrainingOptions):
     @property
     def asks_for_validation(self) -> bool:
         """Whether a flag says that there is to be validation; without one it depends on the inputs."""
-        return isinstance(self.validate_every, int) or self.selects_best or bool(self.early_stopping_patience)
+        is_given = self.validate_every not in (None, "auto")
+        return is_given or self.selects_best or bool(self.early_stopping_patience)

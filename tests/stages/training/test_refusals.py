@@ -102,6 +102,7 @@ def test_wrong_ds_configs(runs, tmp_path, content, said):
         ({"keys": "bare"}, "hold no memory inputs: give --model"),
         ({"keys": "bare", "model": "base", "order": "positions"}, "leave out --order positions"),
         ({"validate_every": 3}, "--validate-every needs --model"),
+        ({"validate_every": "epoch"}, "--validate-every needs --model"),
         ({"validate_every": 3, "select": "best"}, "need validation"),
         ({"select": "best"}, "need validation"),
         ({"validate_every": "auto", "early_stopping_patience": 0, "model": "base"}, "must be at least 1"),
