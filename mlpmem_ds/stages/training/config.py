@@ -166,7 +166,7 @@ class Config(TrainingOptions):
         identity="none",
     )
     validation_positions: int = option(
-        "positions of the tuning split that a validation scores, at most", 16_384, at_least=1
+        "positions of the tuning split that a validation scores, about, in whole windows", 16_384, at_least=1
     )
     recompute_activations: bool = option(
         "compute activations again in the backward instead of keeping them: less memory, a little more time",

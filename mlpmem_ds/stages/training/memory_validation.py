@@ -38,7 +38,7 @@ class MemoryValidator:
         source: the base; it is not held.
         corpus: the tuning split.
         point: where the memory reads.
-        positions: at most so many, in windows spread evenly over the split.
+        positions: about so many, in whole windows spread evenly over the split, one at least.
         world: this rank; the windows are dealt.
 
     Raises:
