@@ -129,6 +129,11 @@ def _layer(input_layer: Layer, base: _Base) -> int:
         raise UserError(f"--input-layer: {error}") from error
 
 
+def is_last_layer(layer: int, model: str) -> bool:
+    """Whether the memory's input is read where the authors' code reads it."""
+    return layer == _read_base(model).num_layers - 1
+
+
 def write_memory(
     config: Config, trained: TrainedMemory, read: Callable[[], TrainedMemory], world: World
 ) -> None:

@@ -30,7 +30,7 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.export_tokenizer import check_begins, choose_tokenizer, rules_sha256
 from mlpmem_ds.stages.conversion.gate_inputs import check_gate_base, places_in_gate
-from mlpmem_ds.stages.conversion.import_reference import read_reference
+from mlpmem_ds.stages.conversion.import_reference import is_last_layer, read_reference
 from mlpmem_ds.stages.conversion.lambda_choice import choose_lambda, read_report
 from mlpmem_ds.stages.conversion.training_inputs import model_of_keys
 from mlpmem_ds.stages.conversion.weights import describe_checkpoint, find_checkpoint, with_weights
@@ -111,9 +111,18 @@ class ExportInputs:
                     if (value := getattr(config, name)) is not None
                 },
                 **({"language": list(config.language)} if config.language else {}),
+                **self._layer_of_published(config),
                 **({} if card is not None and not card.stated() else {BASE_CARD: card and card.stated()}),
             },
         }
+
+    def _layer_of_published(self, config: Config) -> dict[str, int]:
+        """Of a published memory, whose files do not say it: the layer that it reads, where it is not the
+        last."""
+        layer = self.trained.provenance.input_layer
+        if config.from_reference is None or is_last_layer(layer, self.model):
+            return {}
+        return {"input_layer": layer}
 
 
 def open_inputs(config: Config) -> ExportInputs:

@@ -24,7 +24,7 @@ from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.conversion import convert_checkpoint
 from mlpmem_ds.stages.conversion.config import Config
 from mlpmem_ds.stages.conversion.import_reference import write_memory
-from mlpmem_ds.stages.conversion.inputs import open_inputs
+from mlpmem_ds.stages.conversion.inputs import EXPORT_FILE, open_inputs
 
 WIDTH, INNER, VOCAB = 16, 40, 300
 IDS = torch.tensor([[5, 70, 8, 211], [290, 3, 3, 19]])
@@ -166,6 +166,19 @@ def test_a_memory_is_the_same_however_its_paths_are_typed(
     renamed = shutil.copytree(published, tmp_path / "renamed")
     with pytest.raises(UserError, match="--from-reference was 'memory-of-others', now 'renamed'"):
         convert_checkpoint.run(replace(config, from_reference=str(renamed)), World())
+
+
+def test_an_export_is_of_the_layer_that_the_memory_reads(
+    published: Path, base_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """The published files are the same at any layer."""
+    config = config_of(published, base_dir, corpus_dir, tmp_path / "export")
+    convert_checkpoint.run(config, World())
+    before = (tmp_path / "export" / EXPORT_FILE).read_bytes()
+    convert_checkpoint.run(replace(config, input_layer=1), World())  # the last one, which is the default
+    with pytest.raises(UserError, match="already holds another export .*'input_layer': 0"):
+        convert_checkpoint.run(replace(config, input_layer=0), World())
+    assert (tmp_path / "export" / EXPORT_FILE).read_bytes() == before
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
