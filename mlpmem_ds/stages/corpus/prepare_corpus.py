@@ -102,6 +102,8 @@ def _prepare(
     if config.strict:
         refuse_lost_text(survey.omissions)
     inputs = {"text": survey.sha256}
+    if survey.groups_sha256 is not None:
+        inputs["groups"] = survey.groups_sha256
     if encoder is not None:
         inputs["vocabulary"] = encoder.vocabulary_sha256
         inputs["tokenizer"] = encoder.documents_sha256

@@ -63,13 +63,19 @@ def shared_findings(
     def finding(chunk: Chunk) -> Mapping[str, Any]:
         if any(file.kind == "dataset" for file in chunk):  # nothing tells whether it is still the same
             return find(chunk)
-        seen = [[file.name, file.is_named, *_state_of(file)] for file in chunk]
+        seen = [[file.name, file.is_named, _groups_above(file), *_state_of(file)] for file in chunk]
         return computed_once(folder, "survey", [settings, seen], lambda: find(chunk))
 
     for chunk in deal(chunks, world.rank, world.size):
         finding(chunk)
     for chunk in chunks:
         yield finding(chunk)
+
+
+def _groups_above(file: SourceFile) -> list[str]:
+    """The folders `NAME=VALUE` that it lies in, one of which may be its group: a new name of theirs leaves
+    the file as it is."""
+    return [folder for folder in file.path.parent.parts if "=" in folder]
 
 
 def _state_of(file: SourceFile) -> tuple[int, ...]:

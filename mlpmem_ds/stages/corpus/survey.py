@@ -74,6 +74,9 @@ class Survey:
     num_bytes: int
     """of all documents, taken or not"""
     sha256: str
+    """of the documents' names and texts"""
+    groups_sha256: str | None
+    """of their groups, where a field names them; else names say the groups too"""
     digests: bytearray = field(repr=False)
     """SHA-256 of each document's text, 32 bytes each: the second reading must find the same"""
     omissions: list[Omission] = field(repr=False)
@@ -110,15 +113,19 @@ class _Part:
 
 
 class _ListHash:
-    """`content_hash` of a list of [name, SHA-256], which is never whole in memory."""
+    """`content_hash` of a list, which is never whole in memory: of groups, or of [name, SHA-256]."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256(b"[")
         self._is_empty = True
 
     @staticmethod
-    def entry(name: str, sha256: str) -> str:
+    def pair(name: str, sha256: str) -> str:
         return f'\n [\n  {_to_json_text(name)},\n  "{sha256}"\n ]'
+
+    @staticmethod
+    def group(name: str) -> str:
+        return f"\n {_to_json_text(name)}"
 
     def extend(self, entries: bytes) -> None:
         """Entries with commas between them."""
@@ -166,8 +173,7 @@ def survey_files(
     needs_names = rules.max_bytes is not None or bool(rules.weights) or near is not None
     documents, listed = SurveyedDocuments(with_names=needs_names), _ListHash()
     units = _UnitList(unit_bytes, input_stops if rules.weights else ())
-    omissions = list(left_out)
-    rest = iter(files)
+    omissions, rest = list(left_out), iter(files)
     stop_of_file = size = 0  # of the file before; of the file so far
     reading = Reading(rules=read_rules, signatures=None if near is None else near.signatures)
     for part in _read_shared(files, reading, processes, shared, world or World()):
@@ -196,11 +202,21 @@ def survey_files(
         split_of=split_of,
         num_bytes=sum(documents.sizes),
         sha256=listed.hexdigest(),
+        groups_sha256=None if read_rules.group_field is None else _groups_sha256(documents),
         digests=documents.digests,
         omissions=omissions,
         available=[(part.size, sum(documents.sizes[slice(*part)])) for part in documents.inputs],
         repetitions=repetitions,
     )
+
+
+def _groups_sha256(documents: SurveyedDocuments) -> str:
+    """`content_hash` of the documents' groups, in their order."""
+    entries, listed = [_ListHash.group(name) for name in documents.groups], _ListHash()
+    for start in range(0, len(documents), _PART_DOCUMENTS):
+        groups = documents.group_of[start : start + _PART_DOCUMENTS]
+        listed.extend(",".join(entries[group] for group in groups).encode())
+    return listed.hexdigest()
 
 
 class _UnitList:
@@ -373,7 +389,7 @@ def _part(
         names=[name for name, *_ in entries],
         digests=bytes.fromhex("".join(sha256 for *_, sha256 in entries)),
         signatures=signatures,
-        listed=",".join(_ListHash.entry(name, sha256) for name, _, _, sha256 in entries).encode(),
+        listed=",".join(_ListHash.pair(name, sha256) for name, _, _, sha256 in entries).encode(),
         ends=ends,
         omissions=omissions,
     )

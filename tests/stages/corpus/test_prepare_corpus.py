@@ -205,6 +205,30 @@ def test_another_text_in_the_same_output_is_refused(text_dir: Path, tmp_path: Pa
         prepare_corpus.run(config_of(copy, tmp_path / "corpus"), World())
 
 
+def test_other_groups_of_the_same_texts_are_refused(tmp_path: Path) -> None:
+    """They decide what is held out, and are read from the records or from a folder's name."""
+    folder = tmp_path / "source=a"
+    folder.mkdir()
+    lines = [{"text": f"text {n} " * 9, "source": "even" if n % 2 else "odd"} for n in range(40)]
+
+    def write(records: list[dict[str, str]]) -> None:
+        (folder / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def prepare(text: Path, name: str) -> None:
+        prepare_corpus.run(config_of(text, tmp_path / name, group_field="source"), World())
+
+    write(lines)
+    prepare(folder, "named")
+    prepare(folder, "named")
+    write([{**line, "source": lines[n ^ 1]["source"]} for n, line in enumerate(lines)])
+    with pytest.raises(UserError, match=r"inputs\.groups"):
+        prepare(folder, "named")
+    write([{"text": line["text"]} for line in lines])
+    prepare(folder, "above")
+    with pytest.raises(UserError, match=r"inputs\.groups"):
+        prepare(folder.rename(tmp_path / "source=b"), "above")
+
+
 def test_processes_give_the_same_bytes(
     text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,12 +280,16 @@ def test_the_surveys_hash_is_that_of_the_whole_list(text_dir: Path, tmp_path: Pa
     survey = prepare_corpus._survey(config, World())
     files = [file for unit in survey.units for file in unit.files]
     documents = [document for file in files for document in read_documents(file, ReadRules())]
+    assert survey.groups_sha256 is None
+    named = prepare_corpus._survey(replace(config, group_field="any"), World())
+    groups = [document.group for document in documents if isinstance(document, Document)]
+    assert named.groups_sha256 == content_hash(groups)
     assert survey.sha256 == content_hash(
         [[document.name, document.sha256] for document in documents if isinstance(document, Document)]
     )
     assert survey.num_bytes == sum(path.stat().st_size for path in text_dir.rglob("*.py"))
     listed = corpus_survey._ListHash()
-    for entries in (b"", listed.entry("a", "1").encode(), b"", listed.entry("b\u00e4", "2").encode()):
+    for entries in (b"", listed.pair("a", "1").encode(), b"", listed.pair("b\u00e4", "2").encode()):
         listed.extend(entries)
     assert listed.hexdigest() == content_hash([["a", "1"], ["b\u00e4", "2"]])
     empty = corpus_survey._ListHash()

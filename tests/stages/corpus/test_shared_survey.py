@@ -79,3 +79,17 @@ def test_chunks_are_cut_by_bytes_and_keep_the_order(tmp_path: Path, monkeypatch:
     chunks = chunks_of(files, 2)
     assert [file for chunk in chunks for file in chunk] == files and len(chunks) == 8
     assert chunks_of([], 2) == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_group_of_a_folder_that_was_renamed_is_read_anew(tmp_path: Path) -> None:
+    """The files below it stay as they are."""
+    folder = tmp_path / "source=a"
+    folder.mkdir()
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(9)))
+
+    def groups(text: Path) -> str | None:
+        config = config_of(text, tmp_path / "out", group_field="source")
+        return prepare_corpus._survey(config, World(rank=0, size=2)).groups_sha256
+
+    assert groups(folder) != groups(folder.rename(tmp_path / "source=b"))
