@@ -17,13 +17,15 @@ from mlpmem_ds.core.directories import folders_with
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.file_lists import files_of, records_in
 from mlpmem_ds.core.files import FileRecord, content_hash, read_sealed_json, record_file, sha256_of_file
-from mlpmem_ds.core.manifest import is_own_directory
+from mlpmem_ds.core.manifest import format_of, is_own_directory
 from mlpmem_ds.core.objects.listing import LAST_FILES
 from mlpmem_ds.core.typed_json import to_json
 
 IDENTITY, MANIFEST, EXPORT = "identity.json", *LAST_FILES
 CHECKPOINTS = "checkpoints"
 """the folder of a stage whose directories are mirrored one by one, where they are asked for"""
+_LISTS_OF = ("lists", "targets")
+"""the name of a stage directory, and the format of the one that it is in for as long as that is written"""
 _FOR_PEOPLE = ("run.json", "log")
 Kind = Literal["stage", "listed", "plain"]
 
@@ -63,8 +65,8 @@ class LocalDirectory:
         return path if path.is_file() else self.root / MANIFEST
 
     def names(self) -> list[str]:
-        """All its files, also behind links, those that make it complete last; no temporary ones, and none of
-        the directories inside that are mirrored one by one."""
+        """All its files, also behind links, those that make it complete last; no temporary ones, none of
+        temporary directories, and none of the directories inside that are mirrored one by one."""
         found = []
         for folder, folders, names in os.walk(self.root, followlinks=True):
             place = Path(folder).relative_to(self.root)
@@ -78,7 +80,9 @@ class LocalDirectory:
         return sorted(found, key=lambda name: (name in LAST_FILES, name))
 
     def _is_apart(self, place: Path) -> bool:
-        return self.kind == "stage" and place.as_posix() == CHECKPOINTS
+        return self.kind == "stage" and (
+            place.as_posix() == CHECKPOINTS or _is_passing_stage(self.root / place)
+        )
 
     def units(self) -> Iterator[UnitFiles]:
         """The finished units of a stage, also of one that is at work; none of another directory."""
@@ -119,7 +123,7 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
         found = [
             (folder, kind)
             for folder, _ in folders_with(path, (IDENTITY, EXPORT))
-            if (kind := _kind_of(folder)) is not None
+            if (kind := _kind_of(folder)) is not None and not _is_passing_stage(folder)
         ]
     if not found:
         return [LocalDirectory(root=path, name="", kind="plain")]
@@ -148,6 +152,12 @@ def _leads_back(folder: Path, root: Path) -> bool:
         return False
     passed = [parent.resolve() for parent in folder.parents if root in (parent, *parent.parents)]
     return folder.resolve() in {place for one in passed for place in (one, *one.parents)}
+
+
+def _is_passing_stage(folder: Path) -> bool:
+    """Whether a stage is part of the work on another one, and removed with it."""
+    name, format_around = _LISTS_OF
+    return folder.name == name and format_of(folder.parent) == format_around
 
 
 def _is_passing(name: str) -> bool:

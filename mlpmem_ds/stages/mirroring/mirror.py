@@ -88,6 +88,11 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
         directories = directories_in(source, checkpoints=config.checkpoints) if source.is_dir() else []
         for directory in directories:
             if directory.kind == "plain":
+                if is_first and directory.names():
+                    raise UserError(
+                        f"--watch waits for what stages write, and {source} holds files and no stage: leave"
+                        " --watch out to send them as they are, or give the directory of a stage or a run"
+                    )
                 continue  # an empty run
             place = join_url(url, directory.name)
             try:

@@ -127,3 +127,21 @@ def test_what_lies_behind_links_is_mirrored_too(stage_dir: Path, tmp_path: Path)
     assert (found.name, found.kind) == ("keys", "stage")
     assert found.names() == [name for name in expected if "/back/" not in name]
     assert len(list(found.units())) == 5
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_lists_that_stay_no_longer_than_targets_are_written_are_not_mirrored(
+    is_complete: bool, tmp_path: Path
+) -> None:
+    """Those of a run's own, which are there to stay, are."""
+    for name in ("targets", "targets/lists", "lists"):
+        (tmp_path / name).mkdir()
+        identity = {"format": f"mlpmem-{Path(name).name}"}
+        publish_json(tmp_path / name / "identity.json", identity, seal=True)
+        (tmp_path / name / "run.npy").touch()
+    if is_complete:
+        publish_json(tmp_path / "targets" / "manifest.json", {"format": "mlpmem-targets"}, seal=True)
+    found = {directory.name: directory.names() for directory in directories_in(tmp_path)}
+    last = ["manifest.json"] if is_complete else []
+    assert found == {"lists": ["identity.json", "run.npy"], "targets": ["identity.json", "run.npy", *last]}
+    assert [directory.name for directory in directories_in(tmp_path / "targets")] == [""]

@@ -156,6 +156,15 @@ def test_a_directory_that_is_not_there_yet_is_waited_for_in_words(
     assert f"{tmp_path / 'run'} does not exist yet: waiting" in capsys.readouterr().err
 
 
+def test_a_directory_that_no_stage_makes_is_not_watched(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to wait for."""
+    assert commands.mirror([str(base_dir), f"file://{tmp_path}/store", "--watch"]) == 2
+    assert "and no stage: leave --watch out" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_empty_directory_is_no_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As where the disk of a run is not mounted: it would be whole, and hold nothing."""
     (tmp_path / "run").mkdir()
