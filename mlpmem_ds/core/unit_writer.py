@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,20 @@ class UnitWriter:
         with publish(self._path_of(name), flush_folder=False) as temporary:
             yield temporary
         self.records.append(record_file(self._root, name))
+
+    def copy_folder(
+        self, folder: Path, name: str = "", *, put: Callable[[Path, Path], object] = shutil.copyfile
+    ) -> None:
+        """Publish each file below `folder` under its path in there, below OUTPUT/name.
+
+        Args:
+            folder: a library has written it, perhaps with folders in it.
+            name: of the folder that they get; empty: the output itself.
+            put: brings a file from one path to another, such as `os.replace` where `folder` goes anyway.
+        """
+        for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with self.file((Path(name) / source.relative_to(folder)).as_posix()) as path:
+                put(source, path)
 
     def array(self, name: str, array: np.ndarray) -> None:
         record = publish_array(self._path_of(name), array, flush_folder=False)

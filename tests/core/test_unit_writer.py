@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,18 @@ def test_a_file_that_could_not_be_written_has_no_record(tmp_path: Path) -> None:
         path.write_text("half")
         raise RuntimeError
     assert writer.records == [] and not list(tmp_path.iterdir())
+
+
+def test_the_files_below_a_folder_get_names_by_their_place_in_it(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    for name in ("b.txt", "inner/a.txt", "inner/deep/c.txt"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    writer = UnitWriter(output)
+    writer.copy_folder(source)
+    writer.copy_folder(source, "place", put=os.replace)
+    names = ["b.txt", "inner/a.txt", "inner/deep/c.txt"]
+    expected = [*names, *(f"place/{name}" for name in names)]
+    assert [record.name for record in writer.records] == expected
+    assert all((output / name).read_text() == name.removeprefix("place/") for name in expected)
+    assert not any(path.is_file() for path in source.rglob("*")), "these were moved"

@@ -4,7 +4,6 @@ written."""
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +130,5 @@ def save_model(writer: UnitWriter, model: PreTrainedModel, corpus: CorpusSplit) 
     """Write a model's weights and configuration as they are, and the corpus's tokenizer."""
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
-        sources = [*sorted(Path(scratch).iterdir()), *sorted(corpus.tokenizer_path.iterdir())]
-        for source in sources:
-            with writer.file(source.name) as path:
-                shutil.copyfile(source, path)
+        writer.copy_folder(Path(scratch))
+    writer.copy_folder(corpus.tokenizer_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,9 +50,7 @@ def write_tokenizer(tokenizer: Any, writer: UnitWriter) -> None:
     """Write its files into the corpus."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            with writer.file(f"{FOLDER}/{path.name}") as published:
-                shutil.copyfile(path, published)
+        writer.copy_folder(Path(scratch), FOLDER)
 
 
 def train_tokenizer(size: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -11,7 +11,6 @@ Row i of a datastore and of its targets is position i. The files hold no log-pro
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -205,9 +204,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     def write_tokenizer(_: str, writer: UnitWriter) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             source.tokenizer.save_pretrained(scratch)
-            for path in sorted(Path(scratch).iterdir()):
-                with writer.file(f"tokenizer/{path.name}") as published:
-                    shutil.copyfile(path, published)
+            writer.copy_folder(Path(scratch), "tokenizer")
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
         block = units[unit]

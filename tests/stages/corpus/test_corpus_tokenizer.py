@@ -146,3 +146,16 @@ def test_a_corpus_is_not_continued_with_another_end_token(tmp_path: Path) -> Non
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "<mask>"}))
     with pytest.raises(UserError, match="tokenizer"):
         prepare(tmp_path, str(tmp_path / "tokenizer"))
+
+
+def test_a_tokenizer_with_several_chat_templates_keeps_them(tmp_path: Path) -> None:
+    """transformers writes all but the first into a folder."""
+    tokenizer = KINDS["byte_level"]()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    corpus = prepare(tmp_path, str(tmp_path / "tokenizer"))
+    again = AutoTokenizer.from_pretrained(corpus.tokenizer_path)
+    assert again.chat_template == tokenizer.chat_template
+    assert "tokenizer/additional_chat_templates/tool_use.jinja" in {
+        record["name"] for record in json.loads((tmp_path / "corpus" / "manifest.json").read_text())["files"]
+    }
