@@ -7,11 +7,12 @@ million small files must stay fast.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import errno
 import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def find_files(
     output: Path | None = None,
 ) -> FoundFiles:
     """The files below `inputs` (files, directories, globs, saved or named data sets), sorted by name within
-    each input.
+    each input. Inputs that hold files of one name have their folders' names before all of theirs.
 
     Args:
         inputs: a path that exists is taken as it is spelled, also with the letters of patterns.
@@ -71,6 +72,7 @@ def find_files(
     paths_of_inputs = [_paths_of(given) for given in inputs]
     seen: set[str] | None = set() if sum(map(len, paths_of_inputs)) > 1 else None
     files: list[SourceFile] = []
+    roots: list[Path] = []  # of each file
     omissions: list[Omission] = []
     input_stops = []
     for paths in paths_of_inputs:
@@ -82,6 +84,7 @@ def find_files(
                     omissions.append(Omission(name=item.name, reason="already read"))
                 else:
                     files.append(item)
+                    roots.append(path)
                     if seen is not None:
                         seen.add(place)
         input_stops.append(len(files))
@@ -98,7 +101,39 @@ def find_files(
         "--exclude": unused_patterns(exclude, excluded),
     }
     given = [f"{flag} {pattern}" for flag, patterns in unused.items() for pattern in patterns]
+    files = files if seen is None else _told_apart(files, roots)
     return FoundFiles(files=files, omissions=omissions, unused_patterns=given, input_stops=input_stops)
+
+
+def _told_apart(files: list[SourceFile], roots: list[Path]) -> list[SourceFile]:
+    """The files, each of one of `roots`, as inputs that have a name in common would be named below a folder
+    that holds them all."""
+    first: dict[str, Path] = {}
+    shared: set[Path] = set()
+    for file, root in zip(files, roots, strict=True):
+        other = first.setdefault(file.name, root)
+        if other is not root:
+            shared |= {other, root}
+    if not shared:
+        return files
+    folder_of = _shortest_names(shared)
+    return [
+        dataclasses.replace(file, name=f"{folder_of[root]}/{file.name}") if root in folder_of else file
+        for file, root in zip(files, roots, strict=True)
+    ]
+
+
+def _shortest_names(roots: Collection[Path]) -> dict[Path, str]:
+    """The folder of each input that is a local path: the last parts of its path, as few as tell all apart."""
+    parts_of: dict[Path, tuple[str, ...]] = {}
+    for root in roots:
+        if not str(root).startswith((DATASET_PREFIX, DOCS_PREFIX)):
+            folder = root if root.is_dir() else root.parent
+            parts_of[root] = Path(os.path.abspath(folder)).parts[1:]
+    count, num_folders = 1, len(set(parts_of.values()))
+    while len({parts[-count:] for parts in parts_of.values()}) < num_folders:
+        count += 1
+    return {root: spell_path(Path(*parts[-count:]).as_posix()) for root, parts in parts_of.items()}
 
 
 def _paths_of(given: str) -> list[Path]:

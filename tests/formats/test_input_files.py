@@ -275,3 +275,14 @@ def test_an_input_that_is_also_the_output_is_refused_at_once(tmp_path: Path) -> 
     (tmp_path / "b.txt").write_text("text", encoding="utf-8")
     with pytest.raises(UserError, match="also the --output"):
         find_files([str(tmp_path)], None, (), output=tmp_path / "x" / "..")
+
+
+def test_inputs_that_have_a_name_in_common_are_named_with_their_folders(tmp_path: Path) -> None:
+    """Only these, and by as few folders as tell them apart."""
+    write(tmp_path, "a/x/1.txt", "a/x/2.txt", "b/y/1.txt", "c/x/1.txt", "d/3.txt")
+    a, b, c, d = (str(tmp_path / name) for name in ("a/x", "b/y", "c/x", "d"))
+    assert names(a, d) == ["1.txt", "2.txt", "3.txt"]
+    assert names(a, b, d) == ["x/1.txt", "x/2.txt", "y/1.txt", "3.txt"]
+    assert names(f"{a}/1.txt", f"{b}/1.txt", f"{a}/2.txt") == ["x/1.txt", "y/1.txt", "2.txt"]
+    assert names(a, c) == ["a/x/1.txt", "a/x/2.txt", "c/x/1.txt"]
+    assert names(str(tmp_path / "*" / "x")) == names(a, c)

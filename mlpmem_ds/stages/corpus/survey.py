@@ -277,7 +277,7 @@ def _refuse_equal_names(files: Sequence[SourceFile]) -> None:
         if other is not file:
             raise UserError(
                 f"two inputs hold documents of the same name {file.name!r} ({other.path} and {file.path}):"
-                " give their common parent directory as one --input"
+                " rename one of the files or of their folders"
             )
 
 

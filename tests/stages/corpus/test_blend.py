@@ -121,3 +121,19 @@ def test_shares_that_hold_no_document_are_told_as_shares(
         run(inputs, tmp_path / "corpus", weights=(0.5, 0.5), max_bytes=1000.0)
     assert not (tmp_path / "corpus").exists() and "split is empty" not in caplog.text
     run(inputs, tmp_path / "corpus", weights=(0.5, 0.5), max_bytes=1200.0)
+
+
+def test_inputs_with_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    """As the data sets of the Hub have; where the folders have one name too, by those above them."""
+    for place in ("wiki/data", "code/data"):
+        (tmp_path / place).mkdir(parents=True)
+        lines = [json.dumps({"text": f"{place} {n} " * 9}) + "\n" for n in range(20)]
+        (tmp_path / place / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "wiki" / "data" / "more.txt").write_text("more text " * 20)
+    inputs = (tmp_path / "wiki" / "data", tmp_path / "code" / "data")
+    names = names_in(run(inputs, tmp_path / "corpus", weights=(0.5, 0.5)))
+    assert {name.partition(":")[0] for name in names} >= {
+        "wiki/data/train.jsonl",
+        "code/data/train.jsonl",
+    }
+    assert not {name.partition("/")[0] for name in names} - {"wiki", "code"}
