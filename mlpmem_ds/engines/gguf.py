@@ -53,6 +53,21 @@ def require_gguf() -> None:
         )
 
 
+def bytes_of_weights(path: Path) -> int:
+    """What the weights of a GGUF file's model will take as bfloat16.
+
+    Raises:
+        UserError: the file is damaged, or the package `gguf` is missing.
+    """
+    require_gguf()
+    from gguf import GGUFReader
+
+    try:
+        return sum(2 * int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    except Exception as error:  # a family of errors, as when the model is read
+        raise _damaged(path, error) from error
+
+
 def convert_gguf(path: Path, output: Path) -> ConvertedModel:
     """Write a GGUF file's model as a Hugging Face directory: bfloat16 weights, tokenizer, configuration. What
     was written is read again and compared.
@@ -83,10 +98,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, Any]:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # a family of errors for each way in which a file can be damaged
-        raise UserError(
-            f"{path} cannot be read as a model ({type(error).__name__}: {first_line(error)}): it is damaged"
-            " (download it again), or of a kind that transformers does not read from GGUF"
-        ) from error
+        raise _damaged(path, error) from error
     embeddings: Any = model.get_input_embeddings()
     num_rows = embeddings.weight.shape[0]
     if len(tokenizer) > num_rows:
@@ -95,6 +107,13 @@ def _read(path: Path) -> tuple[PreTrainedModel, Any]:
             " or not one model's"
         )
     return model, tokenizer
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read as a model ({type(error).__name__}: {first_line(error)}): it is damaged"
+        " (download it again), or of a kind that transformers does not read from GGUF"
+    )
 
 
 def _plain(read: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.engines import gguf
-from mlpmem_ds.engines.gguf import convert_gguf, require_gguf
+from mlpmem_ds.engines.gguf import bytes_of_weights, convert_gguf, require_gguf
 
 from ..toy_gguf import TOKENS, write_gguf
 
@@ -53,6 +53,8 @@ def test_a_file_that_was_cut_is_refused(kept: float, path: Path, tmp_path: Path)
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(UserError, match="toy.gguf cannot be read as a model .*download it again"):
         convert_gguf(path, tmp_path / "model")
+    with pytest.raises(UserError, match="toy.gguf cannot be read as a model .*download it again"):
+        bytes_of_weights(path)
 
 
 def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

