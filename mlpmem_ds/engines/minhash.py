@@ -41,7 +41,8 @@ def signer(rules: SignatureRules) -> Callable[[str], bytes]:
     """
     from datasketch import MinHash
 
-    empty = MinHash(num_perm=rules.hashes, seed=rules.seed, scheme="affine32")
+    seed = rules.seed % (1 << 32)  # NumPy's RandomState, which draws the hashes, knows no larger one
+    empty = MinHash(num_perm=rules.hashes, seed=seed, scheme="affine32")
 
     def sign(text: str) -> bytes:
         signature = empty.copy()

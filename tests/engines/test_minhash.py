@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,3 +59,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(UserError, match="--near-duplicates needs the package datasketch.*pip install"):
         require_minhash("--near-duplicates")
+
+
+def test_a_seed_of_any_size_gives_signatures() -> None:
+    pytest.importorskip("datasketch")
+    text, signed = " ".join(words_of(50, seed=1)), []
+    for seed in (RULES.seed, (1 << 32) + 2, (1 << 64) + 7):
+        signed.append(signer(replace(RULES, seed=seed))(text))
+    assert len(set(signed)) == 3 and {len(signature) for signature in signed} == {RULES.hashes}
