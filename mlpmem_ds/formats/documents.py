@@ -102,7 +102,7 @@ def read_documents(file: SourceFile, rules: ReadRules) -> Iterator[Document | Om
             continue
         pieces = cut_text(read.text, rules.piece)
         if rules.first_piece_only:
-            yield dataclasses.replace(read, text=pieces[0])
+            yield dataclasses.replace(read, text=next(text for text in pieces if text.strip()))
             yield Omission(name=read.name, reason="shortened")
             continue
         for number, text in enumerate(pieces, start=1):

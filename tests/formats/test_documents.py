@@ -281,3 +281,11 @@ def test_of_long_texts_only_the_beginning_is_taken_and_this_is_told(tmp_path: Pa
     assert [entry for entry in read if isinstance(entry, Omission)] == [
         Omission(name="book.txt", reason="shortened")
     ]
+
+
+def test_the_beginning_of_a_text_is_not_the_space_before_it(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("\n" * 30 + "words\n" + "more\n" * 9)
+    (file,) = find_files([str(tmp_path)], None, ()).files
+    document, omission = read_documents(file, ReadRules(piece=12, first_piece_only=True))
+    assert isinstance(document, Document) and isinstance(omission, Omission)
+    assert document.text.strip().startswith("words") and omission.reason == "shortened"
