@@ -273,6 +273,7 @@ def test_the_files_of_the_harness_are_not_read_for_tasks_that_are_loaded(
         {},
         {
             "output_type": "generate_until",
+            "doc_to_choice": None,
             "doc_to_target": "query",
             "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 2},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
