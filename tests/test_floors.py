@@ -21,7 +21,7 @@ FLOORS = {
     "formats": {"numpy", "torch", "safetensors", "zstandard", "pyarrow", "datasets"},
     "models": {"numpy", "torch", "safetensors", "transformers"},
     "engines": {
-        "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "lm_eval",
+        "numpy", "torch", "accelerate", "datasets", "datasketch", "deepspeed", "faiss", "gguf", "lm_eval",
         "huggingface_hub", "matplotlib", "mpi4py", "peft", "bm25s", "rich", "tokenizers", "transformers",
         "webdataset",
     },
@@ -40,6 +40,7 @@ OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engines/deepspeed/library.py"},
     "faiss": {"engines/faiss_library.py"},
     "fsspec": {"core/objects/store.py"},
+    "gguf": {"engines/gguf.py"},
     "huggingface_hub": {"engines/model_cards.py"},
     "lm_eval": {"engines/lm_eval.py", "engines/suite_tasks.py"},
     "bm25s": {"engines/passage_index.py"},

@@ -169,9 +169,10 @@ def test_inputs_without_any_text_are_refused_with_the_reasons(tmp_path: Path) ->
 
 
 def test_files_of_one_name_are_both_named(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.txt").write_text(folder)
-    config = config_of(tmp_path, tmp_path / "out", input=(str(tmp_path / "a"), str(tmp_path / "b")))
-    with pytest.raises(UserError, match=r"same name 'x.txt' \(.*a/x.txt and .*b/x.txt\)"):
+    """Their folders tell `a/x.txt` and `b/x.txt` apart, but `c` holds an `a/x.txt` too."""
+    for name in ("a/x.txt", "b/x.txt", "c/a/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    config = config_of(tmp_path, tmp_path / "out", input=tuple(str(tmp_path / name) for name in "abc"))
+    with pytest.raises(UserError, match=r"same name 'a/x.txt' \(.*/a/x.txt and .*/c/a/x.txt\)"):
         prepare_corpus.run(config, World())
