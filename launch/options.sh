@@ -119,12 +119,14 @@ trained() {
 
 # has_splits CORPUS OPTION TOKENS: refuse a corpus with fewer tuning or test tokens: the last steps need them
 has_splits() {
-    python -c '
+    local tokens
+    tokens=$(python -c '
 import sys
 from pathlib import Path
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
 tokens = num_tokens_of_splits(Path(sys.argv[1]))
-sys.exit(min(tokens.get(split, 0) for split in ("tuning", "test")) < int(sys.argv[2]))' "$1" "$3" || fail \
+print(min(tokens.get(split, 0) for split in ("tuning", "test")))' "$1")
+    [ "$tokens" -ge "$3" ] || fail \
         "the splits tuning and test of $2 have fewer than $3 tokens: give more text, or with long documents\
  --cut-documents 4000, and another --run"
 }

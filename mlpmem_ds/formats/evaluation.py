@@ -19,7 +19,7 @@ from mlpmem_ds.core.array_files import read_array
 from mlpmem_ds.core.errors import DamagedDataError
 from mlpmem_ds.core.files import publish_array, publish_json, read_json
 from mlpmem_ds.core.manifest import CompleteStage, Manifest, read_stage
-from mlpmem_ds.core.typed_json import from_json, json_key, to_json
+from mlpmem_ds.core.typed_json import added_later, from_json, json_key, to_json
 from mlpmem_ds.formats.gates import WeightFigures
 
 FORMAT, VERSION = "report", 1
@@ -221,9 +221,9 @@ class Evaluation:
     breakdowns: tuple[Breakdown, ...]
     speeds: tuple[Speed, ...]
     samples: tuple[Sample, ...]
-    choices_from: str | None = None
-    """the report, as the user named it, whose λ and other choices were taken; None: they were made on the
-    tuning split"""
+    choices_from: str | None = field(default=None, metadata=added_later())
+    """the directory of the report whose λ and other choices were taken; None: they were made on the tuning
+    split"""
 
     @property
     def base(self) -> ArmFigures:
@@ -292,7 +292,6 @@ def read_evaluation(root: Path) -> Evaluation:
             f"{path} is of {found[0]!r} version {found[1]}, this program reads mlpmem-{FORMAT} version"
             f" {VERSION}: run evaluate again, it writes it anew"
         )
-    fields.setdefault("choices_from", None)  # reports that were written before this key lack it
     return from_json(Evaluation, fields, where=str(path), version=VERSION)
 
 

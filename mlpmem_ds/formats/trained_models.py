@@ -37,7 +37,8 @@ class Provenance:
     """What a memory was made from and for; None = it does not apply, or is not known (an imported memory).
 
     `base`, `key_model` fingerprints of models; `corpus`, `keys`, `targets`, `init_from` SHA-256 of what it
-    was trained from; `steps` done, `steps_planned` where it ended early or was taken from a checkpoint;
+    was trained from; `steps` planned, in the files of a training; of a memory that was read those done, and
+    then `steps_planned` where they were more;
     `objective_reason` why `--objective auto` chose the objective; `recipe` by name, and what of it was
     changed; `control` which control it is, if it is no memory to be used.
     """

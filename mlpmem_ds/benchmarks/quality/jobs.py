@@ -8,7 +8,6 @@ with this process, however that ends.
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import time
@@ -23,12 +22,13 @@ from mlpmem_ds.core.files import content_hash, publish_json, read_json, sha256_o
 from mlpmem_ds.core.log import seconds_of_stage
 from mlpmem_ds.core.manifest import is_own_directory
 from mlpmem_ds.core.objects.listing import LAST_FILES
+from mlpmem_ds.formats.input_files import find_files
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 30.0  # a training saves what it has
-_INPUT_FLAGS = ("--input", "--tokenizer", "--model", "--ds_config", "--questions")
-"""of the plan's commands: those that may name what no job makes"""
+_INPUT_FLAGS = ("--tokenizer", "--model", "--ds_config", "--questions")
+"""of the plan's commands: those that may name what no job makes, next to --input"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +108,17 @@ class JobRunner:
 
     def _inputs(self, job: Job) -> dict[str, str]:
         """What a job reads, by name → its state: other jobs' outputs, and what its flags name elsewhere."""
-        given = [path for path in _given_paths(job.words) if not path.is_relative_to(self.root)]
+        flags = _values_of_flags(job.words)
+        given = [Path(word) for flag in _INPUT_FLAGS for word in flags.get(flag, ()) if os.path.exists(word)]
         return {
             **{name: _state_of(self.root / name) for name in job.needs},
-            **{str(path): _state_of(path) for path in given},
+            **{str(path): _state_of(path) for path in given if not path.is_relative_to(self.root)},
+            **({"--input": _state_of_text(flags)} if "--input" in flags else {}),
         }
+
+    def recorded_seconds(self, job: Job) -> float:
+        """That a job took when it was last completed; 0 where it never was."""
+        return float(self._record_of(job.name).get("seconds", 0.0))
 
     def _record_of(self, name: str) -> Mapping[str, Any]:
         path = self._record_path(name)
@@ -181,15 +187,24 @@ class JobRunner:
             self._running.clear()
 
 
-def _given_paths(words: Sequence[str]) -> list[Path]:
-    """Files and directories that the flags of inputs name, or match."""
-    flag, paths = "", list[Path]()
+def _values_of_flags(words: Sequence[str]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    flag = ""
     for word in words:
         if word.startswith("--"):
             flag = word
-        elif flag in _INPUT_FLAGS:
-            paths += map(Path, [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True)))
-    return paths
+        else:
+            values.setdefault(flag, []).append(word)
+    return values
+
+
+def _state_of_text(flags: Mapping[str, list[str]]) -> str:
+    """What changes with the files that `prepare_corpus` would read; "" where it would refuse them."""
+    try:
+        found = find_files(flags["--input"], flags.get("--include"), flags.get("--exclude", ()))
+    except UserError:
+        return ""
+    return content_hash([_size_and_time(file.path) for file in found.files])
 
 
 def _state_of(path: Path) -> str:
@@ -200,8 +215,16 @@ def _state_of(path: Path) -> str:
         return sha256_of_file(file)
     if not path.is_dir():
         return ""
-    states = ((file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file())
-    return content_hash([[str(file), state.st_size, state.st_mtime_ns] for file, state in states])
+    return content_hash([_size_and_time(file) for file in sorted(path.rglob("*")) if file.is_file()])
+
+
+def _size_and_time(path: Path) -> tuple[str, int, int]:
+    """With its name; zeros for what is no file here, or is gone by now."""
+    try:
+        state = path.stat()
+    except OSError:
+        return str(path), 0, 0
+    return str(path), state.st_size, state.st_mtime_ns
 
 
 def cores_of_this_process() -> int:

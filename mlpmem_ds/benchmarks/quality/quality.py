@@ -164,7 +164,7 @@ def collect(preset: Preset, plan: Plan, runner: JobRunner, config: Config) -> Qu
         texts=tuple(texts),
         ratios=tuple(ratios),
         questions=read_answers(runner.root / QUESTIONS_JOB).sets if config.questions else (),
-        job_seconds={job.name: runner.seconds(job) or 0.0 for job in plan.jobs},
+        job_seconds={job.name: runner.recorded_seconds(job) for job in plan.jobs},
     )
 
 

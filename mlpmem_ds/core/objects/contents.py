@@ -8,7 +8,7 @@ other directory, such as a Hugging Face model, is mirrored as it is, also where 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -158,6 +158,13 @@ def _is_passing_stage(folder: Path) -> bool:
     """Whether a stage is part of the work on another one, and removed with it."""
     name, format_around = _LISTS_OF
     return folder.name == name and format_of(folder.parent) == format_around
+
+
+def is_passing_name(name: str, names: Collection[str]) -> bool:
+    """Whether a directory of a run, by its name, was part of the work on another one of `names`; stores that
+    were filled by an earlier release may hold such."""
+    around, _, last = f"/{name}".rpartition("/")
+    return last == _LISTS_OF[0] and around[1:] in names and bool(name)
 
 
 def _is_passing(name: str) -> bool:

@@ -150,12 +150,31 @@ class Push:
                 raise DamagedDataError(
                     f"{fault}: run its stage again, or fetch the directory from its mirror"
                 )
+        self._name_what_goes(listing)
         _logger.info("%s: files were made anew since it was sent: sending them", self._directory.root)
         for record in listing.files:
             self._journal.note(record)
         withdraw(self._store)
         begin(self._store, self.of, name=str(self._directory.root))
         self._former = None
+
+    def _name_what_goes(self, listing: Listing) -> None:
+        """Say what the new list will lack.
+
+        Raises:
+            DamagedDataError: the record of a unit.
+        """
+        root = self._directory.root
+        gone = [record.name for record in listing.files if not (root / record.name).exists()]
+        if lost := [name for name in gone if name.startswith("done/")]:
+            raise DamagedDataError(
+                f"{root / lost[0]} is gone, which {self._store.url} has: fetch the directory from its mirror"
+            )
+        if gone:
+            _logger.warning(
+                "%s has no %s any more (%d such files): the mirror's list drops them",
+                *(root, gone[0], len(gone)),
+            )
 
     def _refuse_another_directory(self) -> None:
         """One that has taken the place since the push began. A plain one would be read once more for it."""

@@ -132,7 +132,7 @@ def resolve_ds_config(
         )
     import_deepspeed()
     resolved |= _checked_sections(path, resolved)
-    _refuse_round_robin(path, resolved)
+    _refuse_round_robin(path, resolved, world_size)
     _check_places(path, resolved, world_size)
     return resolved
 
@@ -241,10 +241,12 @@ def _checked_sections(path: Path, config: Mapping[str, Any]) -> dict[str, dict[s
     return checked
 
 
-def _refuse_round_robin(path: Path, config: Mapping[str, Any]) -> None:
+def _refuse_round_robin(path: Path, config: Mapping[str, Any], world_size: int) -> None:
     """With it DeepSpeed 0.19.8 reorders the weights in its flat groups, and looks for their float32 values in
-    the former order: the written weights would be parts of each other's."""
-    if config.get("zero_optimization", {}).get("round_robin_gradients", False):
+    the former order: the written weights would be parts of each other's. Stage 3, and one rank, have no such
+    groups."""
+    zero = config.get("zero_optimization", {})
+    if world_size > 1 and zero.get("stage", 0) in (1, 2) and zero.get("round_robin_gradients", False):
         raise UserError(
             f"{path}: zero_optimization.round_robin_gradients is true, and DeepSpeed then mixes up the"
             " weights that are written: set it to false, or remove it"

@@ -29,8 +29,8 @@ class JointOptions(Flags):
         "with --memory: directory or Hub name (default: the base's, else the corpus's)", None, by_url=True
     )
     base_only_threshold: float | None = option(
-        "leave a memory out where its weight is below this (default: never; by an export's own gate as that"
-        " says)",
+        "leave a memory out where its weight is below this (default: as an export says for its own gate;"
+        " never for a λ that a flag names)",
         None,
         at_least=0,
         at_most=1,

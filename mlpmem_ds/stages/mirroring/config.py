@@ -37,7 +37,9 @@ class Config(Flags):
     replace: bool = option(
         "send all anew where the URL has a whole mirror, or that of another directory", False
     )
-    checkpoints: bool = option("send a training's checkpoints too", False)
+    checkpoints: bool = option(
+        "send a training's checkpoints too; fetch those of a finished training too", False
+    )
     threads: int = option("files that are sent or fetched at once", 8, at_least=1, at_most=MAX_THREADS)
 
     def check(self) -> None:
@@ -60,8 +62,10 @@ class Config(Flags):
                 f"{self.source} and {self.target} are {kind}: give a directory and a URL, such as"
                 " s3://bucket/run"
             )
-        if self.from_url is not None and (self.watch or self.replace or self.checkpoints):
-            raise UserError("--watch, --replace and --checkpoints go with DIRECTORY URL, which sends")
+        if self.from_url is not None and (self.watch or self.replace):
+            raise UserError("--watch and --replace go with DIRECTORY URL, which sends")
+        if self.target is None and self.checkpoints:
+            raise UserError("--checkpoints says what is sent or fetched, and URL --verify reads all of it")
 
     @property
     def from_url(self) -> str | None:

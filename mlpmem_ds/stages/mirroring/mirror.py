@@ -12,9 +12,9 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import size_in_words
 from mlpmem_ds.core.names import is_name_inside
 from mlpmem_ds.core.objects.cache import Cache
-from mlpmem_ds.core.objects.contents import CHECKPOINTS, LocalDirectory, directories_in
+from mlpmem_ds.core.objects.contents import CHECKPOINTS, LocalDirectory, directories_in, is_passing_name
 from mlpmem_ds.core.objects.fetch import pull
-from mlpmem_ds.core.objects.listing import BEGUN, FILES
+from mlpmem_ds.core.objects.listing import BEGUN, FILES, withdraw
 from mlpmem_ds.core.objects.push import Push, Pushed
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.objects.urls import join_url
@@ -88,17 +88,18 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
         directories = directories_in(source, checkpoints=config.checkpoints) if source.is_dir() else []
         for directory in directories:
             if directory.kind == "plain":
-                if is_first and directory.names():
-                    raise UserError(
-                        f"--watch waits for what stages write, and {source} holds files and no stage: leave"
-                        " --watch out to send them as they are, or give the directory of a stage or a run"
-                    )
-                continue  # an empty run
+                if is_first:
+                    _refuse_a_model(source)
+                    _logger.info("%s holds no stage yet: waiting until there is one", source)
+                continue
             place = join_url(url, directory.name)
             try:
                 pushed = _push_of(directory, place, config, pushes).send()
             except FileNotFoundError as error:  # a checkpoint that its training has removed meanwhile
                 _logger.info("%s is gone: %s", error.filename, directory.root)
+                if not directory.root.exists():
+                    withdraw(Store(place))  # or it would count as a mirror whose push has not ended
+                    pushes.pop(directory.name, None)
                 continue
             except UserError as error:
                 if is_first:
@@ -113,6 +114,14 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
         if url in states and not has_failed and all(pushed.is_whole for pushed in states.values()):
             return [_in_words(place, pushed) for place, pushed in states.items()]
         time.sleep(config.watch_seconds)
+
+
+def _refuse_a_model(source: Path) -> None:
+    if (source / "config.json").is_file():
+        raise UserError(
+            f"--watch waits for what stages write, and {source} is a model: leave --watch out to send it as"
+            " it is, or give the directory of a stage or a run"
+        )
 
 
 def _push_of(directory: LocalDirectory, url: str, config: Config, pushes: dict[str, Push]) -> Push:
@@ -157,6 +166,12 @@ def _mirrors_at(url: str) -> tuple[list[tuple[str, Store]], list[str]]:
     return [(name, Store(join_url(url, name))) for name in sorted(found)], halves
 
 
+def _training_of(name: str) -> str | None:
+    """Of a checkpoint by its name below the URL; None of another directory."""
+    training, found, step = f"/{name}".rpartition(f"/{CHECKPOINTS}/")
+    return training[1:] if found and "/" not in step else None
+
+
 def _folders_of(names: Iterable[str], end: str) -> set[str]:
     """The folders in which objects of this name lie; "" is that of the URL itself."""
     return {name[: -len(end)].rstrip("/") for name in names if f"/{name}".endswith(f"/{end}")}
@@ -167,7 +182,13 @@ def _fetch(url: str, target: Path, config: Config) -> str:
     mirrors, halves = _mirrors_at(url)
     for half in halves:
         _logger.warning("%s is not whole: its push has not ended", half)
+    names = {name for name, _ in mirrors}
+    finished = {name for name in names if not config.checkpoints and _training_of(name) in names}
+    if finished:
+        _logger.info("%d checkpoints of finished trainings are left out: --checkpoints", len(finished))
     for name, store in mirrors:
+        if name in finished or is_passing_name(name, names):
+            continue
         start = time.monotonic()
         listing = pull(store, target / name if name else target, flag="SOURCE", threads=config.threads)
         seconds = time.monotonic() - start

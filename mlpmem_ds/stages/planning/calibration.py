@@ -129,13 +129,13 @@ def calibrate(
 
 
 def _machine_of_run(machine: Machine, ranks: int, threads: int | None) -> Machine:
-    """The planned machine with the ranks of a run, as many a node."""
+    """The planned machine with the ranks of a run: on one node, or as many a node as are planned."""
     return dataclasses.replace(
         machine,
         ranks=ranks,
         cores=cores_of_rank(threads, ranks),
         gpus=ranks if machine.gpus else 0,
-        nodes=-(-ranks // machine.ranks_of_node),
+        nodes=1 if machine.nodes == 1 else -(-ranks // machine.ranks_of_node),
     )
 
 

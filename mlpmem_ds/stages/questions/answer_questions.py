@@ -222,16 +222,20 @@ class _Answering:
         return totals
 
     def _ask_timed(self, answerer: Answerer, unit: Unit, questions: Sequence[Question]) -> list[_Asked]:
-        """As `_ask`. The first batch of all is slower than the others: it is asked twice."""
+        """As `_ask`. The first batch of all is slower than the others: it is asked twice, for two tokens at
+        first."""
+        max_new_tokens = self._config.max_new_tokens
         if (begun := (unit.arm.name, questions[0].kind)) not in self._begun:
-            self._ask(answerer, unit, questions)
+            self._ask(answerer, unit, questions, max_new_tokens=min(max_new_tokens, 2))
             self._begun.add(begun)
-        return self._ask(answerer, unit, questions)
+        return self._ask(answerer, unit, questions, max_new_tokens=max_new_tokens)
 
-    def _ask(self, answerer: Answerer, unit: Unit, questions: Sequence[Question]) -> list[_Asked]:
+    def _ask(
+        self, answerer: Answerer, unit: Unit, questions: Sequence[Question], *, max_new_tokens: int
+    ) -> list[_Asked]:
         """Of each question of a batch a line of the unit's file, and what the answer took."""
         if questions[0].kind == "open":
-            return self._ask_in_words(answerer, unit, questions)
+            return self._ask_in_words(answerer, unit, questions, max_new_tokens)
         start = time.perf_counter()
         pairs = [(question.prompt, question.answers) for question in questions]
         scored = score_choices(answerer, pairs, batch=self._config.batch)
@@ -241,7 +245,9 @@ class _Answering:
             for question, choices in zip(questions, scored, strict=True)
         ]
 
-    def _ask_in_words(self, answerer: Answerer, unit: Unit, questions: Sequence[Question]) -> list[_Asked]:
+    def _ask_in_words(
+        self, answerer: Answerer, unit: Unit, questions: Sequence[Question], max_new_tokens: int
+    ) -> list[_Asked]:
         start, prompts = time.perf_counter(), []
         for question in questions:
             prompt = prompt_with_examples(question, self._examples[unit.set], self._config.num_fewshot)
@@ -257,9 +263,7 @@ class _Answering:
             prompts.append(prompt)
         searched = time.perf_counter() - start if unit.arm.with_passages else 0.0
         asked = []
-        for question, found in zip(
-            questions, answer(answerer, prompts, self._config.max_new_tokens), strict=True
-        ):
+        for question, found in zip(questions, answer(answerer, prompts, max_new_tokens), strict=True):
             short = short_answer(found.text)
             scores = {
                 "exact_match": exact_match(short, question.answers),

@@ -103,7 +103,7 @@ class Comparison:
     """arm → its figures in another report, whose λ, neighbours and temperature are taken; None: they are
     chosen on the tuning split"""
     choices_from: str | None = None
-    """that report, as the user named it"""
+    """that report's directory"""
 
 
 @dataclass(frozen=True, kw_only=True)

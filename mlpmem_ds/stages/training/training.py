@@ -242,9 +242,8 @@ class Training:
 
     def _run_steps(self, first: int, saved_reason: Reason | None) -> Outcome:
         """The steps from `first` on, whose checkpoint was saved for this reason."""
-        reason = "patience" if self._has_stalled() else saved_reason
-        if reason in ("patience", "budget"):  # an earlier start was killed before the result was complete
-            return Outcome(steps=first, reason=reason)
+        if self._has_stalled() or saved_reason == "budget":  # over; its result is not complete, or damaged
+            return Outcome(steps=first, reason="patience" if self._has_stalled() else "budget")
         rows_left = (self._steps.count - first) * self._steps.rows
         progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
         self._directory.log_phase(self._steps.count, missing=self._steps.count - first, of="steps")

@@ -124,6 +124,24 @@ def test_a_job_is_started_again_where_what_its_flags_name_changed(
     assert runner.seconds(job) is None
 
 
+def test_what_a_corpus_does_not_read_changes_no_job(
+    tmp_path_factory: pytest.TempPathFactory, runner: JobRunner
+) -> None:
+    """As caches and packages in the folder of Python's own library."""
+    text = tmp_path_factory.mktemp("text")
+    (text / "a.py").write_text("a = 1")
+    flags = ("--include", "*.py", "--exclude", "site-packages")
+    job = Job(name="one", words=("prepare-corpus", "--input", str(text), *flags))
+    runner.run([job])
+    for name in ("__pycache__/a.pyc", "site-packages/b.py", "notes.txt"):
+        (text / name).parent.mkdir(exist_ok=True)
+        (text / name).write_text("b")
+    (text / "gone.txt").symlink_to(text / "no such file")
+    assert runner.seconds(job) == 20
+    (text / "a.py").unlink()
+    assert runner.seconds(job) is None and runner.recorded_seconds(job) == 20
+
+
 def test_a_record_without_inputs_stays_valid(runner: JobRunner) -> None:
     plan = [Job(name="one", words=("train",)), Job(name="two", words=("train",), needs=("one",))]
     runner.run(plan)

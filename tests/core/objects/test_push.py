@@ -213,16 +213,19 @@ def test_what_is_made_anew_is_sent_by_the_same_command_after_an_interruption(
     assert verify(store, flag="SOURCE").faults == ()
 
 
-@pytest.mark.parametrize(("name", "fault"), [("part-1.npy", "missing"), ("done/1.json", "not valid JSON")])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("part-1.npy", "missing"), ("done/1.json", "not valid JSON"), ("done/0.json", "gone")],
+)
 def test_a_stage_that_lacks_a_file_does_not_take_it_from_its_mirror(
     memory_url: str, report_dir: Path, name: str, fault: str
 ) -> None:
     Push(directory_of(report_dir), Store(memory_url)).send()
     (report_dir / "eval.json").write_text("of the other grid: eval.json")
-    if name == "part-1.npy":
-        (report_dir / name).unlink()
-    else:
+    if fault == "not valid JSON":
         (report_dir / name).write_text("{")
+    else:
+        (report_dir / name).unlink()
     with pytest.raises(DamagedDataError, match=f"{name} is {fault}"):
         Push(directory_of(report_dir), Store(memory_url)).send()
     pull(Store(memory_url), report_dir, flag="SOURCE")

@@ -188,6 +188,7 @@ def test_numbers_that_fit_are_taken(tmp_path):
         ('{"bf16": true}', "bf16 must be an object"),
         ('{"zero_optimization": {"stage": 2, "round_robin_gradients": "true"}}', "mixes up the weights"),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
+        ('{"zero_optimization": {"stage": 3, "round_robin_gradients": true}}', None),
     ],
 )
 def test_sections_are_checked_before_anything_is_written(tmp_path, text, said):

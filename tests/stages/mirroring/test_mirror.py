@@ -143,25 +143,41 @@ def test_a_stage_is_watched_until_it_is_there(
     run(["mirror", url, "--verify"])
 
 
-def test_a_directory_that_is_not_there_yet_is_waited_for_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its name may be a wrong one."""
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the first pause."""
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mirror.time, "sleep", interrupt)  # Ctrl-C in the first pause
+    monkeypatch.setattr(mirror.time, "sleep", interrupt)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_directory_that_is_not_there_yet_is_waited_for_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name may be a wrong one."""
     assert commands.mirror([str(tmp_path / "run"), f"file://{tmp_path}/store", "--watch"]) == 130
     assert f"{tmp_path / 'run'} does not exist yet: waiting" in capsys.readouterr().err
 
 
-def test_a_directory_that_no_stage_makes_is_not_watched(
-    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("interrupted")
+def test_a_run_that_holds_logs_alone_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As that of a job that has just been submitted."""
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/jobs").write_text("7 keys\n")
+    assert commands.mirror([str(tmp_path / "run"), f"file://{tmp_path}/store", "--watch"]) == 130
+    assert f"{tmp_path / 'run'} holds no stage yet: waiting" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_model_is_not_watched(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """There is nothing to wait for."""
     assert commands.mirror([str(base_dir), f"file://{tmp_path}/store", "--watch"]) == 2
-    assert "and no stage: leave --watch out" in capsys.readouterr().err
+    assert "is a model: leave --watch out" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
@@ -222,6 +238,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(
     monkeypatch.setattr(push, "send_file", removing)
     run(["mirror", output, url, "--watch", "--watch-seconds", ".05", "--checkpoints"])
     assert Store(url).read(FILES) is not None and not step.exists()
+    run(["mirror", url, "--verify"])  # it is no mirror whose push has not ended
 
 
 def test_a_mirror_whose_name_leads_elsewhere_is_not_fetched(
@@ -255,12 +272,16 @@ def trained_dir(tmp_path: Path) -> Path:
 def test_checkpoints_are_fetched_and_verified_with_their_training(
     trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_run: bool
 ) -> None:
-    """The same command again continues, and finds all there."""
+    """Of a finished one, if they are asked for. The same command again continues, and finds all there."""
     source = trained_dir.parent if is_run else trained_dir
     url, copy = f"file://{tmp_path}/store/{source.name}", tmp_path / "copy"
     run(["mirror", source, url, "--checkpoints"])
+    run(["mirror", url, tmp_path / "alone"])
+    assert list((tmp_path / "alone").rglob("manifest.json")) and not list(
+        (tmp_path / "alone").rglob("step-*")
+    )
     for _ in range(2):
-        run(["mirror", url, copy])
+        run(["mirror", url, copy, "--checkpoints"])
         assert toy_stage.result_of(copy) == toy_stage.result_of(source)
     run(["mirror", url, "--verify"])
     capsys.readouterr()

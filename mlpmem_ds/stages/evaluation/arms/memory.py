@@ -21,6 +21,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.core.run_description import find_input
 from mlpmem_ds.core.typed_json import from_json
+from mlpmem_ds.engines.finite_scores import check_finite
 from mlpmem_ds.engines.hidden_states import resolve_point, state_width, weights_on_device
 from mlpmem_ds.engines.model_files import fingerprint_model
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -359,12 +360,7 @@ def memory_scores(memory: Memory, inputs_nD: torch.Tensor, tokens_nJ: np.ndarray
         scores = _int8_scores(memory.head, hidden_nH, tokens)
     else:
         scores = _float_scores(memory.head, hidden_nH, tokens)
-    is_finite_nJ = scores.log_probabilities_NJ.isfinite()
-    if not bool(is_finite_nJ.all()):
-        raise UserError(
-            f"{int((~is_finite_nJ).sum())} of {is_finite_nJ.numel()} log-probabilities of a memory are"
-            " not finite: its weights are damaged, or --dtype float32 is needed"
-        )
+    check_finite(scores.log_probabilities_NJ, of="a memory")
     return scores
 
 

@@ -27,6 +27,7 @@ def texts_of_training(root: Path, flag: str) -> tuple[tuple[str, str], ...]:
 def _read_training(root: Path, flag: str) -> CompleteStage[Any] | None:
     for manifest in (BaseManifest, BaselineManifest):
         if format_of(root) == manifest.FORMAT:
-            stage: CompleteStage[Any] = read_stage(CompleteStage, manifest, root, flag=flag)
+            # What is read of the model has its fingerprint; here its record alone counts.
+            stage: CompleteStage[Any] = read_stage(CompleteStage, manifest, root, flag=flag, has_files=False)
             return stage
     return None

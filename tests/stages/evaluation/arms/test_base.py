@@ -29,4 +29,5 @@ def test_the_text_that_it_was_trained_on_is_refused(
         with pytest.raises(UserError, match=said):
             evaluate.run(replace(config, **changes), World())
     assert not config.output.exists()
+    (Path(model) / "generation_config.json").write_text('{"max_new_tokens": 12345}')
     assert [arm.name for arm in open_inputs(config, World()).arms] == ["base"]  # of other splits
