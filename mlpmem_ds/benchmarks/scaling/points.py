@@ -143,10 +143,12 @@ def _tokens_read_for(memories: Sequence[_TrainedMemory], evaluation: Evaluation,
     corpora = {}
     for memory in memories:
         sha256 = memory.provenance.corpus
-        found = find_input(memory.root, "corpus", sha256, given=Path(evaluation.corpus))
-        what = f"the text that {memory.name} was trained on"
-        corpora[sha256] = _required(
-            found, "corpus", memory.root, what, "what the base read for it", report=report
+        corpora[sha256] = _find_input(
+            *(memory.root, "corpus", sha256),
+            given=Path(evaluation.corpus),
+            what=f"the text that {memory.name} was trained on",
+            cost="what the base read for it",
+            report=report,
         )
     return sum(num_tokens_of_splits(corpus, flag="--reports")["train"] for corpus in corpora.values())
 
@@ -159,13 +161,8 @@ def _operations_of_search(memories: Sequence[_TrainedMemory], report: Path) -> f
         sha256 = memory.provenance.targets
         if sha256 is not None and memory.provenance.alpha != 0:
             what = f"what {memory.name} learnt from the retriever"
-            searched[sha256] = _required(
-                find_input(memory.root, "targets", sha256),
-                "targets",
-                memory.root,
-                what,
-                _SEARCH,
-                report=report,
+            searched[sha256] = _find_input(
+                memory.root, "targets", sha256, what=what, cost=_SEARCH, report=report
             )
     return sum(_operations_of_targets(path, report) for path in searched.values())
 
@@ -174,8 +171,8 @@ def _operations_of_targets(root: Path, report: Path) -> float:
     targets = open_targets(root, flag="--reports", has_shards=False)
 
     def required(name: str) -> Path:
-        found = find_input(root, name, targets.inputs.get(name))
-        return _required(found, name, root, f"what {root} were made from", _SEARCH, report=report)
+        what = f"what {root} were made from"
+        return _find_input(root, name, targets.inputs.get(name), what=what, cost=_SEARCH, report=report)
 
     keys = read_stage(Keys, KeysManifest, required("keys"), flag="--reports", has_files=False)
     positions, compared = targets.num_positions, float(targets.num_positions)
@@ -186,8 +183,11 @@ def _operations_of_targets(root: Path, report: Path) -> float:
     return 2.0 * keys.dim * positions * compared
 
 
-def _required(found: Path | None, name: str, of: Path, what: str, cost: str, *, report: Path) -> Path:
-    """Raises UserError where an input is not found."""
+def _find_input(
+    of: Path, name: str, sha256: str | None, *, what: str, cost: str, report: Path, given: Path | None = None
+) -> Path:
+    """As `find_input`; raises UserError where there is none, and says what of which cost is missing."""
+    found = find_input(of, name, sha256, given=given)
     if found is None:
         raise UserError(
             f"--reports {report}: {what} is not found, so {cost} is not known: put its {name} where it was,"

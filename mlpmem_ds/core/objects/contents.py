@@ -164,7 +164,7 @@ def is_passing_name(name: str, names: Collection[str]) -> bool:
     """Whether a directory of a run, by its name, was part of the work on another one of `names`; stores that
     were filled by an earlier release may hold such."""
     around, _, last = f"/{name}".rpartition("/")
-    return last == _LISTS_OF[0] and around[1:] in names and bool(name)
+    return last == _LISTS_OF[0] and around[1:] in names
 
 
 def _is_passing(name: str) -> bool:

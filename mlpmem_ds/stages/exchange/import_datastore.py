@@ -11,7 +11,6 @@ Row i of a datastore and of its targets is position i. The files hold no log-pro
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +64,7 @@ from mlpmem_ds.formats.target_shards import TargetShard, index_name, shard_name,
 from mlpmem_ds.formats.targets import ExcludedNeighbours, TargetsManifest
 from mlpmem_ds.maths.weighting import Weighting
 from mlpmem_ds.models.structure import resolve_layer
+from mlpmem_ds.stages.corpus.corpus_tokenizer import write_tokenizer
 from mlpmem_ds.stages.exchange.config import ImportConfig
 
 _TOKENIZER_UNIT = "tokenizer"
@@ -201,10 +201,8 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
     inputs = {"datastore": _hash_of(config.datastore), "vocabulary": vocabulary}
     stage = _open(config, CorpusManifest, inputs, ("block_size", "unit_positions"), config.block_size, world)
 
-    def write_tokenizer(_: str, writer: UnitWriter) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            source.tokenizer.save_pretrained(scratch)
-            writer.copy_folder(Path(scratch), "tokenizer")
+    def write_files(_: str, writer: UnitWriter) -> None:
+        write_tokenizer(source.tokenizer, writer)
 
     def write(unit: str, writer: UnitWriter) -> dict[str, Any]:
         block = units[unit]
@@ -242,7 +240,7 @@ def _write_corpus(config: ImportConfig, source: _Source, world: World) -> str:
             splits={split: SplitManifest.from_units(train if split == "train" else []) for split in SPLITS},
         )
 
-    stage.run_units([_TOKENIZER_UNIT], write_tokenizer)
+    stage.run_units([_TOKENIZER_UNIT], write_files)
     stage.run_units(list(units), write)
     return _finish(stage, [_TOKENIZER_UNIT, *units], describe)
 

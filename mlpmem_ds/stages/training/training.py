@@ -242,8 +242,11 @@ class Training:
 
     def _run_steps(self, first: int, saved_reason: Reason | None) -> Outcome:
         """The steps from `first` on, whose checkpoint was saved for this reason."""
-        if self._has_stalled() or saved_reason == "budget":  # over; its result is not complete, or damaged
-            return Outcome(steps=first, reason="patience" if self._has_stalled() else "budget")
+        # Over in an earlier start, whose result is not complete, or is damaged.
+        if self._has_stalled():
+            return Outcome(steps=first, reason="patience")
+        if saved_reason == "budget":
+            return Outcome(steps=first, reason="budget")
         rows_left = (self._steps.count - first) * self._steps.rows
         progress = Progress(rows_left, label="training", unit=self._objective.rows, world=self._world)
         self._directory.log_phase(self._steps.count, missing=self._steps.count - first, of="steps")
