@@ -65,7 +65,7 @@ class Config(Flags):
         if self.from_url is not None and (self.watch or self.replace):
             raise UserError("--watch and --replace go with DIRECTORY URL, which sends")
         if self.target is None and self.checkpoints:
-            raise UserError("--checkpoints says what is sent or fetched, and URL --verify reads all of it")
+            raise UserError("URL --verify reads the checkpoints too: leave out --checkpoints")
 
     @property
     def from_url(self) -> str | None:
