@@ -38,6 +38,7 @@ from mlpmem_ds.benchmarks.made_up_keys import write_synthetic_keys
 from mlpmem_ds.core.config import Flags, option, plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json, read_json
+from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.checkpoint import list_checkpoints
@@ -183,9 +184,7 @@ class LostSteps:
 
     def __call__(self) -> dict[str, int]:
         steps = [int(line["step"]) for line in read_metrics(self._output) if "loss" in line]
-        saved = [
-            int(_NUMBER.findall(path.name)[-1]) for path in list_checkpoints(self._output / "checkpoints")
-        ]
+        saved = [int(_NUMBER.findall(path.name)[-1]) for path in list_checkpoints(self._output / CHECKPOINTS)]
         done, newest = steps[-1] if steps else 0, saved[0] if saved else 0
         # A start that was killed before its first step leaves the lines of the one before.
         is_new = done != self._lines

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import require_free_bytes, sha256_of_file
 from mlpmem_ds.core.manifest import format_of
+from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.temporaries import remove_stale_temporaries, temporary_path
 from mlpmem_ds.core.typed_json import from_json
@@ -49,7 +50,7 @@ def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint")
         )
     if format_of(root) != MemoryManifest.FORMAT:
         raise UserError(f"{flag} {root} is no output directory of launch/train.py: give one")
-    found = list_checkpoints(root / "checkpoints")
+    found = list_checkpoints(root / CHECKPOINTS)
     if not found:
         raise UserError(
             f"{flag} {root} is not finished and has no checkpoint yet: run its launch/train.py command again,"

@@ -20,6 +20,7 @@ from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import FileRecord, fault_of_file, read_json, read_sealed_json, sha256_of_file
 from mlpmem_ds.core.manifest import MARKS_OF_OURS
+from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.formats.checkpoint import list_checkpoints
 from mlpmem_ds.formats.corpus import read_corpus_manifest
 from mlpmem_ds.stages.keys.config import Config as KeysConfig
@@ -119,7 +120,7 @@ def read_run(run: Path, *, checksums: bool, threads: int | None = None) -> list[
     stages, exports = find_directories(run)
     states = [_read_stage(run, root) for root in stages]
     for owner in [run, *(state.root for state in states)]:
-        states += [_read_checkpoint(run, path) for path in sorted(list_checkpoints(owner / "checkpoints"))]
+        states += [_read_checkpoint(run, path) for path in sorted(list_checkpoints(owner / CHECKPOINTS))]
     if run.name.startswith("step-") and (run / "manifest.json").is_file():
         states.append(_read_checkpoint(run, run))
     states += [_read_export(run, root) for root in exports]
@@ -276,7 +277,7 @@ def _leftovers(root: Path) -> Iterator[str]:
         )
     if claims := sorted(path.name[1:].removesuffix(".claim") for path in (root / "done").rglob(".*.claim")):
         yield f"{len(claims)} units claimed by running or killed processes: {some(claims)}"
-    for path in sorted((root / "checkpoints").glob("step-*.damaged")):
+    for path in sorted((root / CHECKPOINTS).glob("step-*.damaged")):
         yield f"{path.name} was found damaged and renamed: remove it if you do not need it"
 
 

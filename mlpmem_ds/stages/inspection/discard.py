@@ -27,6 +27,7 @@ from mlpmem_ds.core.directories import left_of_replacement, remove_former
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import read_sealed_json, size_in_words
 from mlpmem_ds.core.log import EventLog, is_event, read_events, read_json_lines
+from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.core.temporaries import time_of_file_system
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.inspection.contents import EXPORT_FILE, some
@@ -37,7 +38,6 @@ _SECONDS_UNTIL_GONE = 600.0
 """without a line in the log, of a process of another host"""
 _SECONDS_OF_CLAIMS = 70.0
 _SECONDS_BETWEEN_LOOKS = 2.0
-_CHECKPOINTS = "checkpoints"
 _ENDS = ("finished", "ended", "stopped")
 
 
@@ -67,7 +67,7 @@ class _Plan:
     def places(self) -> tuple[Made, ...]:
         """The directories in which no process may be at work; of a checkpoint that of its training."""
         made = self.made
-        if made.root.parent.name == _CHECKPOINTS:
+        if made.root.parent.name == CHECKPOINTS:
             made = _nameless(made.root.parents[1], Path(made.name).parent.parent.as_posix())
         return (made, *self.dependents)
 
@@ -136,7 +136,7 @@ def _find(
                 return made, tuple(_all_units(made.root))
             return made, None
     checkpoint = (run / name).resolve()
-    is_checkpoint = (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == _CHECKPOINTS
+    is_checkpoint = (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == CHECKPOINTS
     if is_checkpoint and ".." not in Path(name).parts:  # of another run: its processes are not looked for
         return _nameless(checkpoint, name), None
     folder, _, unit = name.rpartition("/")

@@ -25,6 +25,7 @@ from mlpmem_ds.core.errors import LOST_RANK, DamagedDataError
 from mlpmem_ds.core.file_lists import files_of
 from mlpmem_ds.core.files import read_sealed_json
 from mlpmem_ds.core.log import is_event
+from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.formats.checkpoint import list_checkpoints, read_checkpoint
 from mlpmem_ds.stages.inspection.tail import LineTail
 
@@ -198,7 +199,7 @@ class StageWatch:
             self._read_steps()
             if self._has_new_checkpoint:
                 self._has_new_checkpoint = False
-                self._checkpoint_bytes = _bytes_of_checkpoints(self.root / "checkpoints")
+                self._checkpoint_bytes = _bytes_of_checkpoints(self.root / CHECKPOINTS)
         return self._progress(time.time())
 
     def _apply(self, event: Mapping[str, Any], log: str) -> None:

@@ -18,6 +18,7 @@ from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.manifest import Manifest
+from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.core.unit_writer import UnitWriter
@@ -131,7 +132,7 @@ class Training:
         self._validator, self._options, self._steps = validator, options, steps
         self._directory, self._subject = directory, {**subject, IDENTITY_FIELD: directory.identity_sha256}
         self._describe, self._write = describe, write
-        self._world, self._checkpoints = directory.world, options.output / "checkpoints"
+        self._world, self._checkpoints = directory.world, options.output / CHECKPOINTS
         self._first = 0
         self._loop_began: float | None = None  # until a checkpoint was saved
         self._copier = None
