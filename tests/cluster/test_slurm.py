@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import write_text
-from ..launch.test_slurm import ALL
+from ..launch.slurm.conftest import ALL
 from .hosts import Cluster, make_cluster
 from .slurm_cluster import Slurm, start_slurm, why_not
 
