@@ -74,7 +74,10 @@ run_stage() {
         return
     fi
     mkdir -p "$RUN/slurm"
-    printf ' %q' "$front_end" "${words[@]}" > "$RUN/slurm/$stage.command"
+    # Once its ranks have ended well it is the command of a complete stage, which pipeline.sh leaves out.
+    started=$RUN/slurm/$stage.started
+    printf ' %q' "$front_end" "${words[@]}" > "$started"
+    rm -f "$RUN/slurm/$stage.command"
     codes=$RUN/slurm/$stage.codes
     rm -rf "$codes" && mkdir "$codes"
     set_environment "$kill"
@@ -111,11 +114,11 @@ set_environment() {
 # end_stage CODE_OF_SRUN: done, failed, or back into the queue. srun's code is the highest of all ranks', and
 # it ends the ranks that are left with SIGTERM (143), so the ranks' own codes say more.
 end_stage() {
-    local code=$1 number all=0 failed='' lost=0
+    local code=$1 number all=0 ended_well=0 failed='' lost=0
     for number in $(cat "$codes"/* 2> /dev/null); do
         all=$((all + 1))
         case $number in
-            0) ;;
+            0) ended_well=$((ended_well + 1)) ;;
             138 | 143) ;; # stopped: USR1, TERM
             75 | 1[3-9][0-9]) lost=$((lost + 1)) ;; # it lost another rank, or was killed by a signal
             *) failed=${failed:-$number} ;;
@@ -123,7 +126,8 @@ end_stage() {
     done
     [ "$all" = "$SLURM_NTASKS" ] || lost=$((lost + SLURM_NTASKS - all))
     rm -rf "$codes"
-    if [ -z "$failed" ] && [ -f "$mark" ]; then
+    if [ -z "$failed" ] && is_complete "$ended_well"; then
+        mv "$started" "$RUN/slurm/$stage.command"
         [ "$lost" = 0 ] || echo "$stage: $lost of $SLURM_NTASKS ranks were lost, the others did their work"
         rm -f "$RUN/slurm/$stage.deaths" "$RUN/slurm/$stage.idle"
         echo "$stage: complete, $mark"
@@ -144,6 +148,13 @@ end_stage() {
     exit "${failed:-$code}"
 }
 
+# is_complete RANKS_THAT_ENDED_WELL: this start made the result, or had nothing to do. One from before it may
+# be of other flags, and ranks that were killed or asked to stop do not say so.
+is_complete() {
+    [ -f "$mark" ] || return 1
+    [ "$mark" -nt "$started" ] || { [ -z "$asked" ] && [ "$1" = "$SLURM_NTASKS" ]; }
+}
+
 # count_death: ends the job where it was the third of three short lives in a row
 count_death() {
     local file=$RUN/slurm/$stage.deaths
@@ -162,7 +173,7 @@ count_death() {
 # has_news: this start made a unit or a whole checkpoint; the files of one that was not finished do not count
 has_news() {
     local found
-    found=$(cd "${mark%/*}" && find . -newer "$RUN/slurm/$stage.command" -type f \( -path '*/done/*.json' \
+    found=$(cd "${mark%/*}" && find . -newer "$started" -type f \( -path '*/done/*.json' \
         -o -path './checkpoints/*/manifest.json' ! -path './checkpoints/*.tmp/*' \) -print -quit) \
         2> /dev/null || true
     [ -n "$found" ]
@@ -185,7 +196,7 @@ count_idle() {
     [ "$(wc -l < "$file")" -lt 3 ] || {
         rm -f "$file"
         fail "$stage stopped three times without an error, with no new unit and no new checkpoint in" \
-            "between, and $mark is not there: not started again. Read the log above; where its time was" \
+            "between, and did not make $mark: not started again. Read the log above; where its time was" \
             "over, give it more in the line of resources"
     }
 }

@@ -85,6 +85,32 @@ def test_wrong_input_to_a_complete_stage_fails(cluster: Cluster) -> None:
     assert cluster.job("train", "2 2").wait(60) == 2
 
 
+@pytest.mark.parametrize("codes", ["137 137", "143 143", "137 0", "gone gone"])
+def test_a_result_from_before_is_not_that_of_ranks_that_were_stopped(cluster: Cluster, codes: str) -> None:
+    """It may be of other flags: of another --gate, say."""
+    cluster.make("corpus", "memory", "report")
+    process = cluster.job("evaluate", codes)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "complete, " not in said, said
+    assert cluster.said("scontrol") == ["requeue 123456"]
+
+
+def test_a_stage_that_was_complete_before_has_nothing_to_do(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys", "targets", "memory")
+    assert cluster.job("train", "0 0").wait(60) == 0
+    assert not cluster.said("scontrol")
+
+
+def test_a_training_that_was_asked_to_stop_may_have_more_to_do_than_the_result_from_before(
+    cluster: Cluster,
+) -> None:
+    cluster.make("corpus", "keys", "targets", "memory")
+    process = cluster.job("train", "waits-and-saves")
+    ask_to_stop(cluster, process)
+    assert process.wait(60) == 0
+    assert cluster.said("scontrol") == ["requeue 123456"]
+
+
 def test_a_job_that_was_cancelled_is_not_queued_again(cluster: Cluster) -> None:
     cluster.make("corpus", "keys", "targets")
     assert cluster.job("train", "143 143", STATE="CANCELLED").wait(60) == 143
@@ -112,7 +138,7 @@ def test_the_third_stop_without_anything_new_is_the_last(cluster: Cluster) -> No
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2, said
     assert "three times without an error, with no new unit and no new checkpoint in between" in said
-    assert f"{cluster.run}/memory/manifest.json is not there: not started again" in said
+    assert f"did not make {cluster.run}/memory/manifest.json: not started again" in said
     assert len(cluster.said("scontrol")) == 6
     for codes, expected in (("0 0", 0), ("0 0", 0), ("2 143", 2), ("0 0", 0)):
         assert cluster.job("train", codes).wait(60) == expected  # submitted again, it counts from one

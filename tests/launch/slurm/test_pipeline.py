@@ -137,3 +137,16 @@ def test_a_stage_that_is_complete_is_submitted_only_with_other_flags(cluster: Cl
     cluster.set(more="flags extract_keys --dim 8")
     assert cluster.submit(str(cluster.settings), "extract_keys").returncode == 0
     assert "extract_keys.sbatch" in cluster.said("sbatch")[-1]
+
+
+def test_a_stage_is_complete_for_the_flags_that_made_its_result(cluster: Cluster) -> None:
+    cluster.make("corpus", "keys")
+    assert cluster.job("extract_keys", "0 0").wait(60) == 0
+    cluster.set(more="flags extract_keys --dim 8")
+    assert cluster.job("extract_keys", "2 2").wait(60) == 2
+    for settings in ("flags extract_keys --dim 8", ""):
+        cluster.set(more=settings)
+        result = cluster.submit("--dry-run", str(cluster.settings), "extract_keys")
+        assert "--job-name=extract_keys" in result.stdout, result.stderr
+    assert cluster.job("extract_keys", "0 0").wait(60) == 0
+    assert "every stage is complete" in cluster.submit(str(cluster.settings), "extract_keys").stderr
