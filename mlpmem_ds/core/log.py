@@ -10,7 +10,9 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,25 +144,56 @@ def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
     return objects
 
 
+@dataclass(kw_only=True)
+class _Start:
+    """A start of one rank, at work from its `started` to its last event before the next.
+
+    Attributes:
+        world: ranks that were started together; None where the log does not say it.
+        begin, end: seconds since 1970.
+    """
+
+    world: int | None
+    begin: float
+    end: float
+
+
+def _starts_of_stage(root: Path) -> list[_Start]:
+    starts: list[_Start] = []
+    latest: dict[int, _Start] = {}
+    for event in read_events(root / "log.jsonl"):
+        rank, moment, world = event["rank"], event["time"], event.get("world")
+        if event["event"] == "started":
+            is_count = type(world) is int and world > 0
+            latest[rank] = _Start(world=world if is_count else None, begin=moment, end=moment)
+            starts.append(latest[rank])
+        elif rank in latest:
+            latest[rank].end = moment
+    return starts
+
+
 def seconds_of_stage(root: Path) -> float | None:
     """Wall-clock seconds that a stage's runs took, from its log.jsonl; None without one.
 
-    A rank is at work from its `started` to its last event before the next; where ranks overlap, time counts
-    once. So the runs of a resumed stage add up, a killed run's up to its last event.
+    Where ranks overlap, time counts once. So the runs of a resumed stage add up, a killed run's up to its
+    last event.
     """
-    spans: list[list[float]] = []
-    open_span: dict[int, list[float]] = {}
-    for event in read_events(root / "log.jsonl"):
-        if event["event"] == "started":
-            open_span[event["rank"]] = [event["time"], event["time"]]
-            spans.append(open_span[event["rank"]])
-        elif event["rank"] in open_span:
-            open_span[event["rank"]][1] = event["time"]
+    starts = _starts_of_stage(root)
     total, reached = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-    return total if spans else None
+    for start in sorted(starts, key=lambda start: start.begin):
+        total += max(0.0, start.end - max(start.begin, reached))
+        reached = max(reached, start.end)
+    return total if starts else None
+
+
+def ranks_of_stage(root: Path) -> int | None:
+    """As how many ranks a stage was made: of starts with different numbers that whose ranks were at work
+    longest, all together; None where its log.jsonl does not say it."""
+    seconds: dict[int, float] = defaultdict(float)
+    for start in _starts_of_stage(root):
+        if start.world is not None:
+            seconds[start.world] += start.end - start.begin
+    return max(seconds, key=lambda world: seconds[world], default=None)
 
 
 class Progress:

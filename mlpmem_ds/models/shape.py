@@ -20,13 +20,16 @@ class ModelShape:
     vocab_size: int
 
 
-def read_shape(path: str) -> ModelShape:
-    """The shape of the model in a directory or under a Hub name, from its configuration alone.
+def read_shape(path: str, *, local_files_only: bool = False) -> ModelShape:
+    """The shape of the model in a directory or under a Hub name, from its configuration alone; with
+    `local_files_only` the Hub is not asked for it.
 
     Raises ValueError where there is no configuration of a causal language model.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(
+            path, trust_remote_code=False, local_files_only=local_files_only
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a family of errors for each kind of configuration

@@ -10,6 +10,7 @@ from mlpmem_ds.core.log import (
     Progress,
     forget_begun,
     log_end,
+    ranks_of_stage,
     read_events,
     seconds_of_stage,
     set_up_logging,
@@ -122,6 +123,24 @@ def test_seconds_of_a_stage_count_overlapping_ranks_once_and_add_resumed_runs(
     ):
         write(when, rank, event)
     assert seconds_of_stage(tmp_path) == pytest.approx(15 + 7)
+
+
+def test_the_ranks_of_a_stage_are_those_that_were_at_work_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(when: float, rank: int, event: str, **fields: object) -> None:
+        monkeypatch.setattr(time, "time", lambda: when)
+        EventLog(tmp_path / "log.jsonl", World(rank=rank, size=4)).write(event, **fields)
+
+    assert ranks_of_stage(tmp_path) is None
+    write(0, 0, "started")  # as an earlier program wrote it
+    write(500, 0, "finished")
+    assert ranks_of_stage(tmp_path) is None
+    for begin, ranks, seconds in ((1000, 1, 60), (2000, 2, 40), (3000, 4, 1)):
+        for rank in range(ranks):
+            write(begin, rank, "started", world=ranks)
+            write(begin + seconds, rank, "finished")
+    assert ranks_of_stage(tmp_path) == 2
 
 
 def test_ranks_of_other_hosts_have_a_file_of_their_host(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.log import read_events, seconds_of_stage
+from mlpmem_ds.core.log import ranks_of_stage, read_events, seconds_of_stage
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
-from mlpmem_ds.core.run_description import read_description
+from mlpmem_ds.core.run_description import flags_of_run, read_description
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.index_directory import IndexDirectory, open_index
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -28,15 +28,20 @@ from mlpmem_ds.stages.planning.workload import Machine, Workload, cores_of_rank
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """The complete stages of a run's directory."""
+    """The complete stages of a run's directory.
+
+    Attributes:
+        parameters: of the keys' base; None where its configuration is not on this disk.
+        stages: their names, in the order of the pipeline.
+    """
 
     root: Path
     keys: Keys
     index: IndexDirectory | None
     targets: Targets | None
     memory: CompleteStage[MemoryManifest] | None
+    parameters: int | None
     stages: tuple[str, ...]
-    """their names, in the order of the pipeline"""
 
 
 def read_run(root: Path) -> FinishedRun:
@@ -52,12 +57,14 @@ def read_run(root: Path) -> FinishedRun:
         raise UserError(
             f"--calibrate {root} holds no complete keys directory: name the directory of a finished run"
         )
+    keys = open_keys(root / "keys", flag="--calibrate")
     return FinishedRun(
         root=root,
-        keys=open_keys(root / "keys", flag="--calibrate"),
+        keys=keys,
         index=open_index(root / "index", flag="--calibrate") if "index" in stages else None,
         targets=open_targets(root / "targets", flag="--calibrate") if "targets" in stages else None,
         memory=_read_memory(root / "memory") if "memory" in stages else None,
+        parameters=_parameters_of_base(keys),
         stages=stages,
     )
 
@@ -93,10 +100,10 @@ def sizes_of_run(run: FinishedRun) -> dict[str, Any]:
     if run.memory is not None:
         memory = run.memory.manifest
         sizes |= {"memory": dict(memory.memory), "epochs": _epochs_of(memory, keys.num_positions)}
-        flags = read_description(run.root / "memory").get("config", {})
+        flags = flags_of_run(run.root / "memory")
         for name in ("keep_checkpoints", "batch_positions", "shuffle_window_blocks"):
             sizes[name] = flags.get(name, DEFAULTS[name])
-    sizes |= {"parameters": _parameters_of_base(run.root)}
+    sizes |= {"parameters": run.parameters}
     return {name: value for name, value in sizes.items() if value is not None}
 
 
@@ -113,19 +120,26 @@ def calibrate(
 ) -> Calibration:
     """Measured over planned seconds of every stage that the run holds; `work` has the run's own sizes.
 
-    A stage's ranks are those of its latest start, with `threads` each, else this machine's cores over them;
-    on a machine with GPUs each had one.
+    A stage's ranks are those that made it, with `threads` each, else this machine's cores over them; on a
+    machine with GPUs each had one. Without the base's parameters a stage that runs the base has no factor.
     """
     factors: dict[str, float] = {}
     for stage in run.stages:
-        ranks = int(read_description(run.root / stage).get("world", 1))
+        if run.parameters is None and _runs_base(stage, work):
+            continue
+        root = run.root / stage
+        ranks = ranks_of_stage(root) or int(read_description(root).get("world", 1))
         planned = seconds_of(stage, work, _machine_of_run(machine, ranks, threads))
-        measured = _seconds_of_parts(run.root / stage, stage, ranks)
+        measured = _seconds_of_parts(root, stage, ranks)
         factors |= {part: measured[part] / planned[part] for part in planned if measured.get(part, 0) > 0}
     target_factor = 1.0
     if run.targets is not None:
         target_factor = run.targets.num_bytes / target_bytes(work)
     return Calibration(seconds=factors, target_bytes=target_factor)
+
+
+def _runs_base(stage: str, work: Workload) -> bool:
+    return stage == "keys" or (stage == "memory" and work.input_codec == "none")
 
 
 def _machine_of_run(machine: Machine, ranks: int, threads: int | None) -> Machine:
@@ -152,12 +166,12 @@ def _seconds_of_parts(root: Path, stage: str, ranks: int) -> dict[str, float]:
     return {"index.train": trained, "index.fill": sum(units.values()) / max(1, min(ranks, len(units)))}
 
 
-def _parameters_of_base(root: Path) -> int | None:
-    """Parameters of the base of the keys; None if it is no longer on this disk."""
-    model = read_description(root / "keys").get("config", {}).get("model")
-    if not model or not Path(model).is_dir():
-        return None
+def _parameters_of_base(keys: Keys) -> int | None:
+    """Of the keys' base, by its directory or the Hub's cache on this disk; None where neither has one of its
+    name and width: from here a relative path may lead to another base."""
+    model = flags_of_run(keys.root).get("model")
     try:
-        return read_shape(model).parameters
+        shape = read_shape(str(model), local_files_only=True) if model else None
     except ValueError:
         return None
+    return shape.parameters if shape is not None and shape.width == keys.manifest.key_size else None

@@ -65,6 +65,12 @@ class Calibration:
     seconds: Mapping[str, float] = field(default_factory=dict)
     target_bytes: float = 1.0
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those whose seconds were measured, in the order of the pipeline."""
+        measured = {part.partition(".")[0] for part in self.seconds}
+        return tuple(stage for stage in STAGES if stage in measured)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

@@ -22,7 +22,7 @@ from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.config import Config
 from mlpmem_ds.stages.planning.cost_model import Calibration, Cost, costs
-from mlpmem_ds.stages.planning.plan_warnings import assumptions, shortages, small_batches
+from mlpmem_ds.stages.planning.plan_warnings import assumptions, base_missing, shortages, small_batches
 from mlpmem_ds.stages.planning.sizes import planned_workload, workload_of_run
 from mlpmem_ds.stages.planning.workload import Machine, Workload, cores_of_rank
 
@@ -96,20 +96,20 @@ def make_plan(config: Config) -> Plan:
     run = None if config.calibrate is None else read_run(config.calibrate)
     run_sizes = {} if run is None else sizes_of_run(run)
     work = planned_workload(config, run_sizes, machine)
-    calibration, calibrated = Calibration(), tuple[str, ...]()
+    calibration = Calibration()
     if run is not None:
         calibration = calibrate(run, workload_of_run(run_sizes, machine), machine, threads=config.threads)
-        calibrated = run.stages
     result = costs(work, machine, calibration)
     return Plan(
         work=work,
         machine=machine,
         costs=result,
-        calibrated=calibrated,
+        calibrated=calibration.stages,
         warnings=(
             *shortages(result, machine),
             *small_batches(work, machine),
             *assumptions(config, machine),
+            *([] if run is None else base_missing(run)),
         ),
         price_per_gpu_hour=config.price_per_gpu_hour,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mlpmem_ds.core.config import flag_name
+from mlpmem_ds.stages.planning.calibration import FinishedRun
 from mlpmem_ds.stages.planning.config import Config
 from mlpmem_ds.stages.planning.cost_model import Cost, seconds_of_sending
 from mlpmem_ds.stages.planning.words import bytes_in_words, time_in_words
@@ -70,6 +71,17 @@ def small_batches(work: Workload, machine: Machine) -> list[str]:
     return [
         f"steps of {work.batch_positions:,} positions on {machine.gpus} GPUs send gradients and weights for"
         f" {time_in_words(sending)}: give --batch-positions of {_POSITIONS_OF_GPU:,} a GPU, or train on fewer"
+    ]
+
+
+def base_missing(run: FinishedRun) -> list[str]:
+    """A line where a finished run gives no time to the stages that run its base."""
+    if run.parameters is not None:
+        return []
+    return [
+        f"the base of {run.root / 'keys'} is neither on this disk nor in the cache of the Hub, so the run"
+        " does not teach the time of keys, nor of a training on keys without inputs: plan in the directory"
+        " that the base's path starts from, or fetch the base"
     ]
 
 

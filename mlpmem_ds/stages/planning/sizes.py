@@ -87,7 +87,8 @@ def _inherited(run_sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, An
 
 
 def workload_of_run(run_sizes: dict[str, Any], machine: Machine) -> Workload:
-    """The run's own sizes; stages that it lacks have the defaults, and no factor is measured for them."""
+    """The run's own sizes; stages that it lacks have the defaults, and no factor is measured for them, nor
+    without the base's parameters for those that run the base."""
     sizes: dict[str, Any] = DEFAULTS | {"parameters": 1, "search": "exact"} | run_sizes
     sizes.setdefault("neighbour_perplexity", default_perplexity(sizes["k"]))
     if "factory" not in sizes:
