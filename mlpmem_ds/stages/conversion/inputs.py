@@ -247,7 +247,7 @@ def open_parts(
         report=None,
         source=first.root,
         corpus=corpus,
-        targets=None if targets_root is None else open_targets(targets_root).manifest,
+        targets=None if targets_root is None else open_targets(targets_root, has_shards=False).manifest,
         further=tuple(each.trained for each in memories[1:]),
         gate=gate,
     )
