@@ -39,7 +39,7 @@ def model_card(
         base_model=base if on_hub else None,
         facts=facts,
         tags=["mlp-memory", "retrieval-imitation", "custom_code"],
-        figures=_figures(inputs),
+        figures=_figures(inputs, config.base_only_threshold),
     )
     verified = describe_verification(verification)
     made_of = [
@@ -47,7 +47,7 @@ def model_card(
         f" (SHA-256 of its files {inputs.base_sha256})",
         f"Weights: {config.dtype}, {weight_bytes:,} bytes"
         f" ({_bytes_of(num_base_parameters + inputs.num_parameters)})",
-        *_ingredients(inputs),
+        *_ingredients(inputs, config.base_only_threshold),
     ]
     sections = [
         head,
@@ -116,7 +116,7 @@ def facts_from_base(inputs: ExportInputs, config: Config) -> CardFacts | None:
     return replace(facts, language=()) if config.language else facts
 
 
-def warn_of_unread_card(inputs: ExportInputs, config: Config, base_facts: CardFacts | None) -> None:
+def warn_of_card(inputs: ExportInputs, config: Config, base_facts: CardFacts | None) -> None:
     """Say what a card that is written now will lack; `base_facts` as `facts_from_base` gives them."""
     if base_facts is None and config.license is None:
         _logger.warning(
@@ -124,6 +124,12 @@ def warn_of_unread_card(inputs: ExportInputs, config: Config, base_facts: CardFa
             " the export's says that its licence is not stated: give it with --license, and its"
             " languages with --language",
             inputs.model,
+        )
+    if left_out := [arm.name for arm in _arms(inputs) if not _has_gate_of(inputs, arm)]:
+        _logger.warning(
+            "the model card leaves out %s of the report, which has another gate than the export: evaluate"
+            " with the export's gate to have its figures in the card",
+            ", ".join(left_out),
         )
 
 
@@ -143,9 +149,21 @@ def _licences(config: Config, facts: CardFacts) -> list[str]:
     ]
 
 
-def _figures(inputs: ExportInputs) -> list[CardFigure]:
-    """What the report measured of this very model: its arm at the λ or gate of the export."""
-    if inputs.report is None:
+def _arms(inputs: ExportInputs) -> tuple[ArmFigures, ...]:
+    """Of the report; none without one."""
+    return () if inputs.report is None else inputs.report.evaluation.arms
+
+
+def _has_gate_of(inputs: ExportInputs, arm: ArmFigures) -> bool:
+    """Whether an arm of the report has the export's gate, or no gate."""
+    own = None if inputs.gate is None else inputs.gate.sha256
+    return arm.settings.get("gate") in (None, own)
+
+
+def _figures(inputs: ExportInputs, threshold: float | None) -> list[CardFigure]:
+    """What the report measured of this very model: its arm at the λ of the export. One with a threshold, a
+    gate or several memories is another model."""
+    if inputs.report is None or threshold is not None:
         return []
     evaluation, named = inputs.report.evaluation, inputs.report.inputs
     own = [arm for arm in evaluation.arms if named.get(arm.name) == inputs.trained.sha256]
@@ -179,7 +197,7 @@ def _layers(provenance: Provenance) -> str:
     return f"layers {', '.join(map(str, provenance.input_earlier_layers))} and {provenance.input_layer}"
 
 
-def _ingredients(inputs: ExportInputs) -> list[str]:
+def _ingredients(inputs: ExportInputs, threshold: float | None) -> list[str]:
     """The memory, its weight, its corpus and its training, a line each."""
     provenance, memory, targets = inputs.trained.provenance, inputs.memory, inputs.targets
     lines = [
@@ -192,6 +210,7 @@ def _ingredients(inputs: ExportInputs) -> list[str]:
         ),
         *_further(inputs),
         _weight(inputs),
+        *_threshold(inputs, threshold),
         *_imported(provenance),
         f"Corpus: {_tokens(inputs.corpus)} (SHA-256 of its manifest {_shown(provenance.corpus)})",
         (
@@ -248,6 +267,14 @@ def _weight(inputs: ExportInputs) -> str:
     )
 
 
+def _threshold(inputs: ExportInputs, threshold: float | None) -> list[str]:
+    """What is left out of the mixture, and whether the figures say so."""
+    if threshold is None:
+        return []
+    measured = "" if inputs.report is None else "; the figures below were measured without this"
+    return [f"Threshold: a memory is left out where its weight is below {threshold:g}{measured}"]
+
+
 def _shown(value: object) -> str:
     return "unknown" if value is None else str(value)
 
@@ -290,7 +317,7 @@ def _quality(inputs: ExportInputs) -> str:
     if inputs.report is None:
         return "Not measured: the export was made without a report of `launch/evaluate.py`."
     rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
-    arms = inputs.report.evaluation.arms
+    arms = [arm for arm in _arms(inputs) if _has_gate_of(inputs, arm)]
     is_own = inputs.report.evaluation.choices_from is None
     place = "on a tuning split" if is_own else "in another report"
     for arm in arms:

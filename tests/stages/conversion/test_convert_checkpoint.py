@@ -230,7 +230,7 @@ def test_the_card_says_what_is_not_known(
 def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    inputs: Any = SimpleNamespace(model="some/base")
+    inputs: Any = SimpleNamespace(model="some/base", report=None)
     config = Config(checkpoint=(Path("memory"),), output=Path("export"), language=("de",))
     monkeypatch.setattr(model_card, "_logger", logging.getLogger("of this test"))
     for found, given, expected, is_said in (
@@ -243,7 +243,7 @@ def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
         monkeypatch.setattr(model_card, "facts_of", lambda _, found=found: found)
         flags = replace(config, license=given)
         of_base = model_card.facts_from_base(inputs, flags)
-        model_card.warn_of_unread_card(inputs, flags, of_base)
+        model_card.warn_of_card(inputs, flags, of_base)
         facts = model_card._facts(flags, of_base)
         assert (facts.license, facts.language) == (expected, ("de",))
         assert ("some/base cannot be read" in caplog.text and "--license" in caplog.text) == is_said

@@ -105,6 +105,7 @@ def test_a_gate_and_a_bank_are_exported_whole(base_dir: Path, bank: list[Path], 
     assert (
         "with 2 MLP memories" in card and "Memory 2:" in card and "kind history, over second, memory" in card
     )
+    assert "Threshold: a memory is left out where its weight is below 0.01\n" in card
     record = json.loads((tmp_path / "float32" / "mlpmem_export.json").read_text())
     memories_and_base = {"memory", "memory_2", "base", "generation_config"}
     assert set(record["inputs"]) == {*memories_and_base, "vocabulary", "tokenizer", "gate"}
