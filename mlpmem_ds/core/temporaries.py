@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlpmem_ds.core import host
@@ -68,23 +68,27 @@ def time_of_file_system(folder: Path) -> float:
         return os.fstat(stream.fileno()).st_mtime
 
 
-def remove_stale_temporaries(
-    root: Path, *, seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP, prefix: str = "."
-) -> None:
+def remove_stale_temporaries(root: Path, *, seconds_until_given_up: float = SECONDS_UNTIL_GIVEN_UP) -> None:
     """Remove the temporary files below `root` that will not be finished.
 
     Args:
         root: a directory of the caller's own.
         seconds_until_given_up: without a write, for those of other machines.
-        prefix: of the names that are looked at.
     """
-    now = time_of_file_system(root)
     # Not rglob, which fails where another rank removes a folder meanwhile.
-    names = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    for path in names:
-        if not (path.name.startswith(prefix) and path.suffix == _SUFFIX):
-            continue
-        if not path.is_file():
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    _remove_stale(paths, now=time_of_file_system(root), seconds_until_given_up=seconds_until_given_up)
+
+
+def remove_stale_temporaries_of(path: Path) -> None:
+    """Remove the temporary files of `path`, next to it, that will not be finished."""
+    own = (other for other in path.parent.iterdir() if other.name.startswith(f".{path.name}."))
+    _remove_stale(own, now=time_of_file_system(path.parent), seconds_until_given_up=SECONDS_UNTIL_GIVEN_UP)
+
+
+def _remove_stale(paths: Iterable[Path], *, now: float, seconds_until_given_up: float) -> None:
+    for path in paths:
+        if not (path.name.startswith(".") and path.suffix == _SUFFIX and path.is_file()):
             continue
         has_ended = _has_ended(path.name, _SUFFIX)
         if has_ended is None:

@@ -17,6 +17,7 @@ from mlpmem_ds.core.temporaries import (
     is_own_temporary,
     remove_stale_directories,
     remove_stale_temporaries,
+    remove_stale_temporaries_of,
     temporary_path,
     time_of_file_system,
     work_path,
@@ -45,6 +46,26 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     make(tmp_path / names[1], age=2 * HOUR)  # a live process of this host takes as long as it takes
     remove_stale_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_those_of_one_file_are_looked_for_next_to_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory may be one of the user's, with millions of files below it."""
+    (tmp_path / "folder").mkdir()
+    dead = f"{process_of(DEAD).name}.tmp"
+    own, *others = (
+        make(tmp_path / name)
+        for name in (
+            f".a.npy.{dead}",
+            f".b.npy.{dead}",
+            f"folder/.a.npy.{dead}",
+            f".a.npy.{this_process().name}.tmp",
+        )
+    )
+    monkeypatch.delattr(os, "walk")
+    remove_stale_temporaries_of(tmp_path / "a.npy")
+    assert not own.exists() and all(path.exists() for path in others)
 
 
 def test_what_lies_in_a_directory_whole_or_half_is_written(tmp_path: Path) -> None:

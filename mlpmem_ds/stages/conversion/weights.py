@@ -17,7 +17,7 @@ from mlpmem_ds.core.files import require_free_bytes, sha256_of_file
 from mlpmem_ds.core.manifest import format_of
 from mlpmem_ds.core.objects.contents import CHECKPOINTS
 from mlpmem_ds.core.run_description import IDENTITY_FIELD
-from mlpmem_ds.core.temporaries import remove_stale_temporaries, temporary_path
+from mlpmem_ds.core.temporaries import remove_stale_temporaries_of, temporary_path
 from mlpmem_ds.core.typed_json import from_json
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
 from mlpmem_ds.formats.checkpoint import (
@@ -41,7 +41,7 @@ def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint")
     verified.
 
     Raises:
-        UserError: no training of a memory, no such step, or no checkpoint yet.
+        UserError: no training of a memory, no such step, or no checkpoint.
         DamagedDataError: none of them is whole.
     """
     if format_of(root) == CheckpointManifest.FORMAT:
@@ -51,6 +51,11 @@ def find_checkpoint(root: Path, step: int | None, *, flag: str = "--checkpoint")
     if format_of(root) != MemoryManifest.FORMAT:
         raise UserError(f"{flag} {root} is no output directory of launch/train.py: give one")
     found = list_checkpoints(root / CHECKPOINTS)
+    if not found and (root / "manifest.json").is_file():
+        raise UserError(
+            f"{flag} {root} is finished, and its checkpoints are not here: fetch them with mirror"
+            " --checkpoints, or leave out --step"
+        )
     if not found:
         raise UserError(
             f"{flag} {root} is not finished and has no checkpoint yet: run its launch/train.py command again,"
@@ -123,8 +128,9 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
         output, sum(weight.num_bytes for weight in weights.values()), what="the checkpoint's weights"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = temporary_path(output.with_name(f"{output.name}.weights"))
-    remove_stale_temporaries(output.parent, prefix=f".{output.name}.weights.")
+    weights_file = output.with_name(f"{output.name}.weights")
+    scratch = temporary_path(weights_file)
+    remove_stale_temporaries_of(weights_file)
     try:
         write_safetensors(scratch, weights)
         tensors = load_file(scratch)  # mapped: the numbers outlive the file's name

@@ -251,6 +251,7 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
     model.save_pretrained(other_base)
     unfinished = tmp_path / "unfinished"
     open_stage(unfinished, stage="memory", version=1, config=flags, inputs={}, world=World())
+    unfetched = save_memory(tmp_path / "unfetched", flags)
     no_corpus = save_memory(tmp_path / "no_corpus", flags, corpus="0" * 64)
     other_words = save_memory(tmp_path / "other_words", flags, vocabulary_sha256="0" * 64)
     other_layer = save_memory(tmp_path / "other_layer", flags, input_layer=2)
@@ -266,6 +267,10 @@ def test_wrong_inputs_are_refused_and_nothing_is_touched(
         (
             {"--checkpoint": unfinished},
             "is not finished and has no checkpoint yet: run its launch/train.py command again",
+        ),
+        (
+            {"--checkpoint": unfetched, "--step": 3},
+            "its checkpoints are not here: fetch them with mirror --checkpoints, or leave out --step",
         ),
         ({"--model": other_base}, "give the model that its keys were extracted with"),
         ({"--model": tmp_path / "nowhere"}, "there is no such directory, and it is no name of a model"),
