@@ -1,9 +1,9 @@
 """Conversations → ids and which of them are answers, or prompts, by the tokenizer's chat template.
 
-An *answer token* is one that the model generates in use: of what the assistant says, from the place where a
-prompt would end on, to the special token that ends the turn. A template says it itself by `{% generation %}`.
-Else the turns before an answer are rendered as a prompt (`add_generation_prompt`): where the whole
-conversation begins so, the answer begins behind it. A template with which it is not so is refused.
+An *answer token* is one that the model generates in use: of what the assistant thinks, says and calls, from
+the place where a prompt would end on, to the special token that ends the turn. A template says it itself by
+`{% generation %}`. Else the turns before an answer are rendered as a prompt (`add_generation_prompt`): where
+the whole conversation begins so, the answer begins behind it. A template with which it is not so is refused.
 
 n tokens of a conversation.
 """
@@ -22,12 +22,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.engines.tokenizer import EncodedDocument, TextEncoder
-from mlpmem_ds.formats.chats import ANSWERS, Conversation, Message
+from mlpmem_ds.formats.chats import ANSWERS, Conversation, Message, says_something
 from mlpmem_ds.formats.text_encoding import NotTextError, decode_text
 
 Span: TypeAlias = tuple[int, int]
 """characters [start, stop)"""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OTHER_TEXT = "\ue000"  # a private character, which no text holds
+_WRITTEN_BY_TEMPLATE = ("reasoning_content", "tool_calls")  # of a message, in the template's own words
 _PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": ANSWERS, "content": "b"}]
 
 
@@ -88,15 +90,21 @@ class ChatEncoder:
                 inside_n = (offsets_n2[:, 0] < stop) & (offsets_n2[:, 1] > start)
                 is_answer_n[first : first + len(offsets_n2)] |= inside_n
             is_answer_n[:1] = False  # no position has the first token of a stream as its value
-            answers = conversations[number].answers
             documents.append(
                 document._replace(
                     is_answer_n=is_answer_n,
                     num_bytes=len(chat.text.encode()),
-                    num_answer_bytes=sum(len(answer.encode()) for answer in answers),
+                    num_answer_bytes=self._num_answer_bytes(chat, conversations[number]),
                 )
             )
         return documents
+
+    def _num_answer_bytes(self, chat: RenderedChat, conversation: Conversation) -> int:
+        """UTF-8 bytes of what the assistant says; with its reasoning and calls, as they are written."""
+        answers = conversation.answers
+        if any(message.get(name) for message in conversation.messages for name in _WRITTEN_BY_TEMPLATE):
+            answers = [self._special.sub("", chat.text[start:stop]) for start, stop in chat.answers]
+        return sum(len(answer.encode()) for answer in answers)
 
     def _first_of(self, ids_n: np.ndarray, own: Sequence[int], name: str) -> int:
         """Where in a document its text begins, of which the tokenizer gives `own` ids."""
@@ -176,19 +184,64 @@ class ChatEncoder:
             starts.append(len(prompt))
         spans = []
         for turn, start, limit in zip(turns, starts, [*starts[1:], len(text)], strict=True):
-            content = messages[turn]["content"].strip()
-            at = text.find(content, start, limit)
-            if at < 0:
-                raise ValueError(
-                    f"message {turn + 1} is not as it is in what it writes; one with {{% generation %}} says"
-                    " itself where answers are"
-                )
-            if content:
-                stop, said = at + len(content), messages[turn]["content"]
-                space = said[len(said.rstrip()) :]  # which most templates keep
-                stop += len(space) if text.startswith(space, stop) else 0
-                spans.append((start, self._end_of_turn(text, stop, limit)))
+            if not says_something(messages[turn]):
+                continue
+            stop = self._stop(text, conversation, turn, (start, limit))
+            if self._special.sub("", text[start:stop]).strip():
+                spans.append((start, stop))
+        if not spans and conversation.has_answer:
+            raise ValueError("it writes nothing of what the assistant says")
         return spans
+
+    def _stop(self, text: str, conversation: Conversation, turn: int, within: Span) -> int:
+        """Where the assistant's turn `turn` ends, with the special token that ends it.
+
+        Raises:
+            ValueError: what it says is not in the text, or where the turn ends cannot be seen.
+        """
+        start, limit = within
+        message = conversation.messages[turn]
+        content: str = message["content"].strip()
+        at = text.find(content, start, limit)
+        if at >= 0 and message.get("tool_calls"):
+            return self._end_of_calls(text, conversation, turn, within)
+        if at >= 0 and text.find(content, at + 1, limit) < 0:
+            stop = at + len(content)
+            space = message["content"][len(message["content"].rstrip()) :]  # which most templates keep
+            return self._end_of_turn(text, stop + len(space) * text.startswith(space, stop), limit)
+        # Also in its reasoning, in the template's own words or in the next question.
+        end = None if at < 0 else self._end_as_another(text, conversation, turn)
+        if end is None:
+            raise ValueError(
+                f"message {turn + 1} is not as it is in what it writes; one with {{% generation %}} says"
+                " itself where answers are"
+            )
+        return self._end_of_turn(text, end, limit)
+
+    def _end_of_calls(self, text: str, conversation: Conversation, turn: int, within: Span) -> int:
+        """Where a turn with calls of tools ends: by the text up to it, else as another turn there would."""
+        start, limit = within
+        written = self._render(conversation.messages[: turn + 1], conversation)[0][0]
+        if text.startswith(written):
+            ends = [found.end() for found in self._special.finditer(text, start, len(written))]
+            return ends[-1] if ends else len(written.rstrip())
+        stop = self._end_as_another(text, conversation, turn)
+        if stop is None:  # such as where only the last turn is written with its reasoning
+            raise ValueError(
+                f"message {turn + 1} calls tools, and where that ends in what it writes cannot be seen; one"
+                " with {% generation %} says itself where answers are"
+            )
+        return self._end_of_turn(text, stop, limit)
+
+    def _end_as_another(self, text: str, conversation: Conversation, turn: int) -> int | None:
+        """Where a turn's own words end: all behind them is as behind another text; None where it is not."""
+        messages = list(conversation.messages)
+        messages[turn] = {
+            **{name: value for name, value in messages[turn].items() if name != "tool_calls"},
+            "content": _OTHER_TEXT,
+        }
+        after = self._render(messages, conversation)[0][0].rpartition(_OTHER_TEXT)[2]
+        return len(text) - len(after) if text.endswith(after) else None
 
     def _end_of_turn(self, text: str, stop: int, limit: int) -> int:
         """Where an answer ends: behind the special token that follows what it says, if one does."""

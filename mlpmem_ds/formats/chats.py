@@ -62,6 +62,11 @@ class Conversation:
         """What the assistant says, turn by turn."""
         return [message["content"] for message in self.messages if message["role"] == ANSWERS]
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether the assistant says something, or calls a tool."""
+        return any(says_something(message) for message in self.messages if message["role"] == ANSWERS)
+
     def to_text(self) -> str:
         values: dict[str, Any] = {"messages": list(self.messages)}
         if self.tools:
@@ -74,12 +79,17 @@ class Conversation:
         return cls(messages=tuple(values["messages"]), tools=tuple(values.get("tools", ())))
 
 
+def says_something(message: Message) -> bool:
+    """Whether a message has a text or calls a tool."""
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
 class NoConversationError(ValueError):
     """An object is no conversation; the message says why, and what to do."""
 
 
 def chat_record(path: Path, place: str, key: str, values: Any, group_field: str | None) -> Record | Omission:
-    """The record of an object with a conversation; an omission where the assistant says nothing in it.
+    """The record of an object with a conversation; an omission where it has no answer.
 
     Raises:
         UserError: it holds no conversation, or a role that no one knows; names the place.
@@ -88,7 +98,7 @@ def chat_record(path: Path, place: str, key: str, values: Any, group_field: str 
         if not isinstance(values, Mapping):
             raise NoConversationError("it is no object: mend it or leave the file out")
         conversation = conversation_of(values)
-        if not any(answer.strip() for answer in conversation.answers):
+        if not conversation.has_answer:
             return Omission(name=key, reason="no answer")
         text = conversation.to_text()
         text.encode()  # half a surrogate pair is no text

@@ -37,6 +37,23 @@ CHAT = (
 )
 
 
+REASONING = CHATML.replace(  # as Qwen3's: empty thoughts too, if the turn is the last one
+    "{{ message.content }}",
+    "{% if message.role == 'assistant' and (message.reasoning_content or loop.last) %}<think>"
+    "{{ message.reasoning_content }}</think>\n\n{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}",
+)
+STRICT = REASONING.replace(  # as Mistral's: what the assistant says twice in a row is refused
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if not loop.first and not message.tool_calls and"
+    " message.role == messages[loop.index0 - 1].role %}{{ raise_exception('twice') }}{% endif %}",
+    1,
+)
+CALLS = [{"type": "function", "function": {"name": "sum", "arguments": {"of": [2, 2]}}}]
+WRITTEN_CALL = '<tool_call>{"name": "sum", "arguments": {"of": [2, 2]}}</tool_call>'
+
+
 @pytest.fixture
 def chat_tokenizer(corpus_dir: Path, tmp_path: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(corpus_dir / "tokenizer")
@@ -97,6 +114,72 @@ def test_an_empty_answer_among_others_has_no_tokens(chat_tokenizer: Path) -> Non
     messages = (CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:])
     runs, _ = answers_of(opened(chat_tokenizer, CHATML), messages)
     assert runs == ["It is.\n<|im_end|>"]
+
+
+def ask(*answers: dict[str, Any]) -> tuple[Any, ...]:
+    return ({"role": "user", "content": "2 + 2?"}, *({"role": "assistant"} | answer for answer in answers))
+
+
+@pytest.mark.parametrize(
+    ("answer", "run"),
+    [
+        ({"content": "4", "reasoning_content": "is 4"}, "<think>is 4</think>\n\n4<|im_end|>"),
+        ({"content": "4\n", "reasoning_content": "4, or 4"}, "<think>4, or 4</think>\n\n4\n<|im_end|>"),
+        ({"content": "think"}, "<think></think>\n\nthink<|im_end|>"),
+        ({"content": "im_end", "reasoning_content": "im_end"}, "<think>im_end</think>\n\nim_end<|im_end|>"),
+    ],
+)
+def test_an_answer_ends_behind_what_is_said_not_in_the_reasoning(
+    chat_tokenizer: Path, answer: dict[str, Any], run: str
+) -> None:
+    chats = opened(chat_tokenizer, REASONING)
+    assert answers_of(chats, ask(answer))[0] == [run]
+    (document,) = chats.encode_documents([Conversation(messages=ask(answer)).to_text()])
+    if "reasoning_content" in answer:
+        assert document.num_answer_bytes == len(run.removesuffix("<|im_end|>"))
+
+
+def test_reasoning_that_a_template_leaves_out_is_not_looked_for(chat_tokenizer: Path) -> None:
+    answer = {"content": "4", "reasoning_content": "4"}
+    messages = (*ask(answer), {"role": "user", "content": "4?"}, {"role": "assistant", "content": "Yes."})
+    runs, _ = answers_of(opened(chat_tokenizer, CHATML), messages)
+    assert runs == ["4<|im_end|>", "Yes.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [REASONING, STRICT])
+@pytest.mark.parametrize("said", ["", "I add."])
+def test_calls_of_tools_are_answers(chat_tokenizer: Path, template: str, said: str) -> None:
+    chats = opened(chat_tokenizer, template)
+    call = {"content": said, "tool_calls": CALLS, "reasoning_content": "hm"}
+    first = f"<think>hm</think>\n\n{said}{WRITTEN_CALL}<|im_end|>"
+    assert answers_of(chats, ask(call))[0] == [first]
+    later = ({"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4."})
+    last = "<think></think>\n\nIt is 4.<|im_end|>"
+    assert answers_of(chats, (*ask(call), *later))[0] == [first, last]
+
+
+def test_calls_of_tools_end_where_another_answer_would(chat_tokenizer: Path) -> None:
+    """A template that writes a turn in another way if it is the last one."""
+    messages = (
+        *ask({"content": "", "tool_calls": CALLS}),
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "It is 4."},
+    )
+    runs, _ = answers_of(opened(chat_tokenizer, REASONING), messages)
+    assert runs == [f"{WRITTEN_CALL}<|im_end|>", "<think></think>\n\nIt is 4.<|im_end|>"]
+    with pytest.raises(UserError, match="message 2 calls tools, and where that ends .* cannot be seen"):
+        odd = REASONING.replace("</tool_call>", "</tool_call>{% if not loop.last %}!{% endif %}")
+        odd = odd.replace("<|im_end|>\n", "{{ '<|eom|>' if message.tool_calls else '<|im_end|>\n' }}")
+        answers_of(opened(chat_tokenizer, odd), messages)
+
+
+def test_calls_that_a_template_does_not_write_are_no_answer(chat_tokenizer: Path) -> None:
+    chats = opened(chat_tokenizer, CHATML)
+    call = {"content": "", "tool_calls": CALLS}
+    with pytest.raises(UserError, match="writes nothing of what the assistant says"):
+        answers_of(chats, ask(call))
+    later = ({"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4."})
+    assert answers_of(chats, (*ask(call), *later))[0] == ["It is 4.<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def test_a_conversation_without_an_answer_is_left_out() -> None:
     for messages in ([QUESTION], [QUESTION, {"role": "assistant", "content": " \n"}], []):
         found = chat_record(Path("x"), "line 1", "1", {"messages": messages}, None)
         assert found == Omission(name="1", reason="no answer")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now"}}]}
+    assert isinstance(chat_record(Path("x"), "line 1", "1", {"messages": [QUESTION, call]}, None), Record)
     values = {"messages": [QUESTION, ANSWER], "from_whom": "me"}
     record = chat_record(Path("x"), "line 1", "1", values, "from_whom")
     assert isinstance(record, Record) and record.group == "me"
