@@ -21,12 +21,13 @@ from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 _AUTO = "auto"
 _MICRO_BATCH, _ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 _CLIPPING = "gradient_clipping"
+_MANAGED = "managed_gradient_accumulation"
 _OWNED = (_MICRO_BATCH, _ACCUMULATION, _CLIPPING)
 _KNOWN = frozenset(
     {
         *_OWNED,
         "train_batch_size",
-        "managed_gradient_accumulation",
+        _MANAGED,
         "prescale_gradients",
         "gradient_predivide_factor",
         "communication_data_type",
@@ -133,6 +134,7 @@ def resolve_ds_config(
     import_deepspeed()
     resolved |= _checked_sections(path, resolved)
     _refuse_round_robin(path, resolved, world_size)
+    _refuse_rounded_weights(path, resolved)
     _check_places(path, resolved, world_size)
     return resolved
 
@@ -189,9 +191,10 @@ def _read_ds_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f"{path}: zero_optimization must be an object, not {zero!r}")
+    zero, checkpoint = (config.get(name, {}) for name in ("zero_optimization", "checkpoint"))
+    for name, section in (("zero_optimization", zero), ("checkpoint", checkpoint)):
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} must be an object, not {section!r}")
     for name in config:
         if name in _REFUSED:
             raise UserError(f"{path}: {name!r} is not taken: {_REFUSED[name]}")
@@ -204,6 +207,16 @@ def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
     for name in zero:
         if name in _REFUSED_ZERO:
             raise UserError(f"{path}: 'zero_optimization.{name}' is not taken: {_REFUSED_ZERO[name]}")
+    if not config.get(_MANAGED, True):
+        raise UserError(
+            f"{path}: {_MANAGED} is {config[_MANAGED]!r}, and DeepSpeed then steps after each micro-batch:"
+            " remove it: the trainer decides where a step ends"
+        )
+    if checkpoint.get("load_universal", False):
+        raise UserError(
+            f"{path}: checkpoint.load_universal is {checkpoint['load_universal']!r}: remove it: checkpoints of"
+            " another stage or number of ranks are resumed by themselves"
+        )
 
 
 def _find_auto(value: Any, place: str = "") -> Iterator[str]:
@@ -250,6 +263,16 @@ def _refuse_round_robin(path: Path, config: Mapping[str, Any], world_size: int) 
         raise UserError(
             f"{path}: zero_optimization.round_robin_gradients is true, and DeepSpeed then mixes up the"
             " weights that are written: set it to false, or remove it"
+        )
+
+
+def _refuse_rounded_weights(path: Path, config: Mapping[str, Any]) -> None:
+    """DeepSpeed's optimizer of bf16 at stage 0 does not give out its float32 weights: rounded ones would be
+    written."""
+    if compute_dtype(config) == torch.bfloat16 and zero_stage(config) == 0:
+        raise UserError(
+            f"{path}: bf16 is enabled at ZeRO stage 0, where DeepSpeed gives no float32 weights to write: give"
+            " zero_optimization.stage 1 or more, or set bf16.enabled to false"
         )
 
 

@@ -77,7 +77,7 @@ def test_sizes_of_nodes_are_read_as_deepspeed_reads_them(tmp_path, zero, world_s
         ('{"bf16": {"enabled": "false"}}', torch.float32, 0),
         ('{"bf16": {"enabled": 0}, "zero_optimization": {"stage": "2"}}', torch.float32, 2),
         ('{"bf16": {"enabled": "on"}, "zero_optimization": {"stage": true}}', torch.bfloat16, 1),
-        ('{"bf16": {"enabled": true}}', torch.bfloat16, 0),
+        ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3}}', torch.bfloat16, 3),
     ],
 )
 def test_values_are_what_deepspeed_takes_them_for(tmp_path, text, dtype, stage):
@@ -133,6 +133,10 @@ def test_micro_batch_is_the_largest_divisor_below_the_bound(batch, world_size, c
         ('{"optimizer": {"type": "Adam"}}', "--learning-rate"),
         ('{"fp16": {"enabled": true}}', "use bf16"),
         ('{"nebula": {}}', "remove it"),
+        ('{"managed_gradient_accumulation": false}', "remove it: the trainer decides where a step ends"),
+        ('{"managed_gradient_accumulation": null}', "remove it: the trainer decides where a step ends"),
+        ('{"checkpoint": {"load_universal": true}}', "remove it: checkpoints of another stage or number"),
+        ('{"checkpoint": true}', "checkpoint must be an object"),
         ('{"zero_optimization": {"mics_shard_size": 2}}', "no longer has MiCS"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization is not valid"),
         ('{"zero_optimization": {"stage3_prefetch_bukket_size": 7}}', "stage3_prefetch_bukket_size"),
@@ -187,6 +191,8 @@ def test_numbers_that_fit_are_taken(tmp_path):
         ('{"bf16": {"enabeld": true}}', "bf16 is not valid"),
         ('{"bf16": true}', "bf16 must be an object"),
         ('{"zero_optimization": {"stage": 2, "round_robin_gradients": "true"}}', "mixes up the weights"),
+        ('{"bf16": {"enabled": "on"}}', "no float32 weights .*: give zero_optimization.stage 1"),
+        ('{"bf16": {"enabled": 1}, "zero_optimization": {"stage": "0"}}', "or set bf16.enabled to false"),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
         ('{"zero_optimization": {"stage": 3, "round_robin_gradients": true}}', None),
     ],
