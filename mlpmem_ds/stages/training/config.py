@@ -209,13 +209,11 @@ class Config(TrainingOptions):
     def _check_start(self) -> None:
         if self.start == "base" and self.head == "random":
             raise UserError("--start base starts with the base's output head: leave out --head random")
-        for flag, value in (("start", self.start), ("head", self.head)):
-            if value not in ("base", "frozen"):
-                continue
-            if self.model is None:
-                raise UserError(f"--{flag} {value} needs --model, the base whose output head it takes")
-            if self.init_from is not None:
+        for flag, value in (("start", self.start), ("head", self.head or "random")):
+            if self.init_from is not None and self.given(flag):
                 raise UserError(f"--init-from brings its own weights: leave out --{flag} {value}")
+            if value in ("base", "frozen") and self.model is None:
+                raise UserError(f"--{flag} {value} needs --model, the base whose output head it takes")
 
     def _check_objective(self) -> None:
         if self.objective == "auto":

@@ -126,6 +126,9 @@ def test_wrong_flags(tuned_runs, base_dir, bare_keys, monkeypatch, changes, said
             "--mixture-lambda is of --ce-through mixture: add that, or leave it out",
         ),
         (["--joined-lambda", "0.5"], "--joined-lambda is of --objective joined"),
+        (["--init-from", "x", "--head", "random"], "brings its own weights: leave out --head random"),
+        (["--init-from", "x", "--head", "base", "--model", "x"], "leave out --head base"),
+        (["--init-from", "x", "--start", "base", "--model", "x"], "leave out --start base"),
         (["--open-shards", "2"], "--open-shards is of --loader webdataset"),
         (["--shuffle-buffer-positions", "9"], "--shuffle-buffer-positions is of --loader webdataset"),
         (
