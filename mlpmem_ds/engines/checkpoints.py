@@ -176,10 +176,11 @@ def find_checkpoint(
             set_aside(path)
     damaged = [path for place in places if place.is_dir() for path in place.glob("step-*.damaged")]
     damaged = gather_values(damaged, world)[0]
-    if candidates or damaged:
+    if damaged:
+        holders = " and ".join(sorted({str(path.parent) for path in damaged}))
         raise UserError(
-            f"no checkpoint in {root} is whole ({len(candidates) or len(damaged)} damaged): restore one from "
-            f"a copy, or remove {root} to start anew"
+            f"no checkpoint is whole ({len(damaged)} damaged in {holders}): restore one from a copy, or give"
+            " --resume never to start anew, which removes them"
         )
     return None
 

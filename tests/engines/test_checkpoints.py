@@ -62,6 +62,29 @@ def test_a_damaged_one_is_set_aside_and_a_copy_is_as_good(tmp_path):
         find(root)
 
 
+def test_the_remedy_for_damaged_ones_is_of_the_places_that_hold_them(tmp_path):
+    """The disk of OUTPUT is lost, and the only copy is damaged."""
+    root, copies = tmp_path / "checkpoints", tmp_path / "copies"
+
+    def refuse():
+        with pytest.raises(UserError) as error:
+            find(root, copies)
+        return str(error.value)
+
+    save(copies, 3)
+    (copies / "step-00000003" / "inside" / "rank0.pt").write_bytes(b"weighty")
+    for said in (refuse(), refuse()):  # also when it is set aside
+        assert f"is whole (1 damaged in {copies}): " in said and str(root) not in said
+    assert "--resume never to start anew" in said
+    discard(root, copies)
+    assert find(root, copies) is None
+
+    for place in (root, copies):
+        save(place, 3)
+        (place / "step-00000003" / "inside" / "rank0.pt").write_bytes(b"weighty")
+    assert f"is whole (2 damaged in {root} and {copies}): " in refuse()
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     root = tmp_path / "checkpoints"
     save(root, 3)
