@@ -214,8 +214,8 @@ def _refuse_keys(path: Path, config: Mapping[str, Any]) -> None:
         )
     if checkpoint.get("load_universal", False):
         raise UserError(
-            f"{path}: checkpoint.load_universal is {checkpoint['load_universal']!r}: remove it: checkpoints of"
-            " another stage or number of ranks are resumed by themselves"
+            f"{path}: checkpoint.load_universal is {checkpoint['load_universal']!r}: remove it: checkpoints"
+            " of another stage or number of ranks are resumed by themselves"
         )
 
 
@@ -271,8 +271,8 @@ def _refuse_rounded_weights(path: Path, config: Mapping[str, Any]) -> None:
     written."""
     if compute_dtype(config) == torch.bfloat16 and zero_stage(config) == 0:
         raise UserError(
-            f"{path}: bf16 is enabled at ZeRO stage 0, where DeepSpeed gives no float32 weights to write: give"
-            " zero_optimization.stage 1 or more, or set bf16.enabled to false"
+            f"{path}: bf16 is enabled at ZeRO stage 0, where DeepSpeed gives no float32 weights to write:"
+            " give zero_optimization.stage 1 or more, or set bf16.enabled to false"
         )
 
 
