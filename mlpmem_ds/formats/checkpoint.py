@@ -67,6 +67,11 @@ class Checkpoint:
     def step(self) -> int:
         return self.manifest.step
 
+    @property
+    def files(self) -> list[Path]:
+        """By its manifest: a rank's listing may lack what other hosts wrote a minute ago."""
+        return [self.path / record.name for record in self.manifest.files]
+
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The published checkpoint directories below `root`, newest first; not yet verified."""

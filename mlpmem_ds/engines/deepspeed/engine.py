@@ -260,9 +260,8 @@ class Engine:
         return SavedState(path=checkpoint.path, step=checkpoint.step, values=dict(checkpoint.manifest.values))
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        # Not as this rank's listing has them, which may lack what other hosts wrote a minute ago.
-        files = [checkpoint.path / record.name for record in checkpoint.manifest.files]
-        mine = [file for file in files if file.suffix == ".pt"][self._world.rank :: self._world.size]
+        files = [file for file in checkpoint.files if file.suffix == ".pt"]
+        mine = files[self._world.rank :: self._world.size]
         faults = gather_values(refuse_foreign_code(mine), self._world)  # DeepSpeed unpickles anything
         if fault := next(filter(None, faults), None):
             raise DamagedDataError(fault)

@@ -8,7 +8,7 @@ them out: each rank's flat groups, and where in them a weight's part lies.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from mlpmem_ds.core.errors import DamagedDataError, first_line
 from mlpmem_ds.engines.deepspeed.library import import_part
+from mlpmem_ds.formats.checkpoint import Checkpoint
 
 Part = Literal["fp32", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("fp32", "exp_avg", "exp_avg_sq")
@@ -69,43 +70,33 @@ def layout_of(
     )
 
 
-def saved_layout(path: Path, names: Iterable[str], rank: int) -> FlatLayout:
+def saved_layout(checkpoint: Checkpoint, rank: int) -> FlatLayout:
     """That of a rank in a checkpoint of stages 1 to 3.
-
-    Args:
-        path: the checkpoint's directory.
-        names: of its files, by its manifest: a rank's listing may lack what other hosts wrote a minute ago.
-        rank: whose layout.
 
     Raises:
         DamagedDataError: the files are not a checkpoint that can be put together.
     """
     try:
-        files = [path / name for name in names]
-        state = load_plain(_optimizer_files(files)[rank])["optimizer_state_dict"]
+        state = load_plain(optimizer_files(checkpoint)[rank])["optimizer_state_dict"]
         fragments = () if _is_of_stage_3(state) else state["param_slice_mappings"]
-        return layout_of(_saved_shapes(files), fragments, _inner_state(state)["param_groups"][0])
+        return layout_of(_saved_shapes(checkpoint), fragments, _inner_state(state)["param_groups"][0])
     except Exception as error:  # KeyError, IndexError, and pickle's and zip's own
-        raise damaged(path, error) from error
+        raise damaged(checkpoint.path, error) from error
 
 
 class SavedShards:
-    """What a checkpoint of any ZeRO stage and number of ranks holds of each weight.
-
-    Args:
-        path: the checkpoint's directory.
+    """What a checkpoint of stages 1 to 3 and any number of ranks holds of each weight.
 
     Raises:
         DamagedDataError: the files are not a checkpoint that can be put together.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._path = checkpoint.path
         try:
-            listed = list(path.glob("*.pt"))
-            files = _optimizer_files(listed)
+            files = optimizer_files(checkpoint)
             self._optimizer_state = lru_cache(maxsize=None)(lambda rank: load_plain(files[rank]))
-            groups = _saved_shapes(listed)
+            groups = _saved_shapes(checkpoint)
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(shape) for group in groups for name, shape in group.items()
             }
@@ -181,15 +172,19 @@ class SavedShards:
         return places
 
 
-def _optimizer_files(files: Iterable[Path]) -> list[Path]:
-    """In the order of the ranks."""
-    return sorted((file for file in files if file.name.endswith("_optim_states.pt")), key=_rank_of)
+def optimizer_files(checkpoint: Checkpoint) -> list[Path]:
+    """In the order of the ranks; none at stage 0."""
+    return sorted((file for file in checkpoint.files if file.name.endswith("_optim_states.pt")), key=_rank_of)
 
 
-def _saved_shapes(files: Iterable[Path]) -> Sequence[Mapping[str, Any]]:
-    """The whole weights' shapes, group by group; every rank's file has all of them."""
-    model_file = min(file for file in files if file.name.endswith("_model_states.pt"))
-    shapes: Sequence[Mapping[str, Any]] = load_plain(model_file)["param_shapes"]
+def model_file(checkpoint: Checkpoint) -> Path:
+    """That of one rank: every rank's has the whole weights' shapes, and at stage 0 the weights."""
+    return min(file for file in checkpoint.files if file.name.endswith("_model_states.pt"))
+
+
+def _saved_shapes(checkpoint: Checkpoint) -> Sequence[Mapping[str, Any]]:
+    """The whole weights' shapes, group by group."""
+    shapes: Sequence[Mapping[str, Any]] = load_plain(model_file(checkpoint))["param_shapes"]
     return shapes
 
 

@@ -170,8 +170,7 @@ def has_same_layout(
         return False
     fragments = state.wrapper._param_slice_mappings if state.stage < 3 else ()
     own = layout_of(shapes, fragments, state.optimizer.param_groups[0])
-    names = [record.name for record in checkpoint.manifest.files]
-    return all(gather_values(saved_layout(checkpoint.path, names, state.world.rank) == own, state.world))
+    return all(gather_values(saved_layout(checkpoint, state.world.rank) == own, state.world))
 
 
 def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied: int) -> None:
@@ -189,7 +188,7 @@ def load_other_layout(checkpoint: Checkpoint, state: ZeroState, *, steps_applied
         DamagedDataError: the files do not hold these weights.
     """
     parameters = {name: weight for name, weight in state.module.named_parameters() if weight.requires_grad}
-    shards = SavedShards(checkpoint.path)
+    shards = SavedShards(checkpoint)
     if {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()} != shards.shapes:
         raise DamagedDataError(f"{checkpoint.path} holds other weights than the model has: remove it")
     _make_moments(state, steps_applied)

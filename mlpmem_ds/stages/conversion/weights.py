@@ -113,7 +113,7 @@ def with_weights(trained: TrainedMemory, checkpoint: Checkpoint, output: Path) -
         checkpoint.manifest.zero_stage,
         checkpoint.manifest.world,
     )
-    weights = weights_of_checkpoint(checkpoint.path)
+    weights = weights_of_checkpoint(checkpoint)
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape)

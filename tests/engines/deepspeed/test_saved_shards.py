@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import record_file
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 from mlpmem_ds.engines.deepspeed.saved_shards import SavedShards, load_plain, refuse_foreign_code
 from mlpmem_ds.engines.deepspeed.weights import weights_of_checkpoint
+from mlpmem_ds.formats.checkpoint import Checkpoint
+
+from ...manifests import checkpoint_manifest
 
 
 class Touch:
@@ -42,8 +46,10 @@ def test_foreign_code_is_refused_and_does_not_run(tmp_path: Path, name: str) -> 
     shapes = {"module": {}, "param_shapes": [{"a": torch.Size([3])}]}
     torch.save(shapes, tmp_path / "mp_rank_00_model_states.pt")
     torch.save({**shapes, "x": Touch(tmp_path / "ran")}, tmp_path / name)
+    records = tuple(record_file(tmp_path, path.name) for path in tmp_path.glob("*.pt"))
+    checkpoint = Checkpoint(path=tmp_path, manifest=checkpoint_manifest(files=records))
     for read in (weights_of_checkpoint, SavedShards):
         with pytest.raises(DamagedDataError, match="cannot be put together"):
-            read(tmp_path)
+            read(checkpoint)
     assert "cannot be put together" in (refuse_foreign_code([tmp_path / name]) or "")
     assert not (tmp_path / "ran").exists()
