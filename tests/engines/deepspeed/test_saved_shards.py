@@ -40,14 +40,26 @@ def test_what_deepspeed_writes_is_plain(tmp_path: Path) -> None:
     assert found["numbers"].tolist() == [0, 1, 2] and refuse_foreign_code([tmp_path / "a.pt"]) is None
 
 
+def checkpoint_of(folder: Path) -> Checkpoint:
+    records = tuple(record_file(folder, path.name) for path in folder.glob("*.pt"))
+    return Checkpoint(path=folder, manifest=checkpoint_manifest(files=records))
+
+
+def test_a_file_of_stage_0_has_the_whole_weights_and_those_of_the_manifest_are_read(tmp_path: Path) -> None:
+    import_deepspeed()
+    torch.save({"module": {"a": torch.arange(3.0)}}, tmp_path / "mp_rank_00_model_states.pt")
+    checkpoint = checkpoint_of(tmp_path)
+    (tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    assert weights_of_checkpoint(checkpoint)["a"].read().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_foreign_code_is_refused_and_does_not_run(tmp_path: Path, name: str) -> None:
     import_deepspeed()
     shapes = {"module": {}, "param_shapes": [{"a": torch.Size([3])}]}
     torch.save(shapes, tmp_path / "mp_rank_00_model_states.pt")
     torch.save({**shapes, "x": Touch(tmp_path / "ran")}, tmp_path / name)
-    records = tuple(record_file(tmp_path, path.name) for path in tmp_path.glob("*.pt"))
-    checkpoint = Checkpoint(path=tmp_path, manifest=checkpoint_manifest(files=records))
+    checkpoint = checkpoint_of(tmp_path)
     for read in (weights_of_checkpoint, SavedShards):
         with pytest.raises(DamagedDataError, match="cannot be put together"):
             read(checkpoint)
