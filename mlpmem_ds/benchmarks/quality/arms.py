@@ -44,6 +44,8 @@ class ModelArm:
     flags: tuple[str, ...] = ()
     """all others"""
     description: str
+    starts_as_base: bool = True
+    """else at random"""
     is_of_equal_time: bool = False
     """it gets the seconds that the subject and its keys took"""
     matches_memory: bool = False
@@ -97,11 +99,11 @@ MEMORIES: Mapping[str, MemoryArm] = {
         description="memory that was not trained",
     ),
 }
-_STOPPED_EARLY = "with early stopping, for at most the preset's epochs"
+_STOPPED_EARLY = "with early stopping, for at most"
 MODELS: Mapping[str, ModelArm] = {
     CONTINUED: ModelArm(
         kind="continued",
-        description=f"the base trained on the same text, all weights, {_STOPPED_EARLY}",
+        description=f"the base trained on the same text, all weights, {_STOPPED_EARLY} the preset's epochs",
     ),
     "continued_equal_time": ModelArm(
         kind="continued",
@@ -114,15 +116,20 @@ MODELS: Mapping[str, ModelArm] = {
     ),
     "lora": ModelArm(
         kind="lora",
-        description=f"low-rank matrices of as many parameters as the memory (peft), {_STOPPED_EARLY}",
+        description=(
+            "low-rank matrices of as many parameters as the memory (peft),"
+            f" {_STOPPED_EARLY} the preset's epochs"
+        ),
         matches_memory=True,
         package="peft",
     ),
     "bigger": ModelArm(
         kind="bigger",
         description=(
-            f"a decoder of the size of base and memory together, from scratch on this text, {_STOPPED_EARLY}"
+            "a decoder of the size of base and memory together, from scratch on this text,"
+            f" {_STOPPED_EARLY} the epochs of both"
         ),
+        starts_as_base=False,
         matches_memory=True,
     ),
 }

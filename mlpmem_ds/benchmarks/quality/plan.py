@@ -135,9 +135,8 @@ class Planner:
 
     def add_base(self) -> None:
         if self.given_base is None:
-            assert self.preset.base is not None
             words = ("train-base", *self.preset.trainer_flags, "--corpus", self._at("general/corpus"))
-            self._add("base", *words, *self.preset.base, needs=("general/corpus",))
+            self._add("base", *words, *self.preset.base_flags, needs=("general/corpus",))
 
     def add_datastore(self, text: TextName) -> None:
         """Two extractions. The keys are alike in both, but targets belong to one key directory: they are
@@ -206,7 +205,8 @@ class Planner:
                 "--model",
                 self._base,
             ),
-            *("--seed", seed, *self.preset.models, "--kind", kind.kind),
+            *("--seed", seed, *self.preset.model_flags(starts_as_base=kind.starts_as_base)),
+            *("--kind", kind.kind),
             *(("--learning-rate", rates[kind.kind]) if kind.kind in rates else ()),
             *(*kind.flags, *size),
             needs=needs,

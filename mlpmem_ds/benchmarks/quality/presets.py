@@ -1,12 +1,12 @@
 """Part of `quality`: the presets, what each reads and trains, and what that is expected to cost.
 
 Seconds are of one core: estimates, of tiny half of what its jobs took with as much other work next to them
-(docs/results/tiny.json), of real what extraction and evaluation took, else from operations and the rates of
-LAB.md. A seed trains all arms. The sums are of three seeds, of real of one.
+(docs/results/tiny.json; `bigger`, which had a third of its epochs there, three times that), of real what
+extraction and evaluation took, else from operations and the rates of LAB.md. A seed trains all arms. The sums are of three seeds, of real of one.
 
 | preset | texts: train positions | base | a memory | trainings a seed | core s | 2 cores |
 | --- | --- | --- | ---: | --- | ---: | ---: |
-| tiny | library 61 k, reference 26 k | .9 M, 20 epochs: 145 s | 30 s | 7 + 7 | 2,500 | 21 min |
+| tiny | library 61 k, reference 26 k | .9 M, 20 epochs: 145 s | 30 s | 7 + 7 | 3,300 | 28 min |
 | small | library 240 k, docstrings 115 k | 6 M, 8 epochs: 900 s | 280 s | 6 + 7 | 13,700 | 1 h 55 |
 | real | reference 27 k, docstrings 105 k | SmolLM2-135M, given | 350 s | 1 + 6 | 10,800 | 1 h 30 |
 """
@@ -51,6 +51,8 @@ class Preset:
     """of the tokenizer that is trained on the general text; None: --base brings one"""
     base: tuple[str, ...] | None
     """flags of train_base; None: --base names a model"""
+    base_epochs: int | None
+    """None: --base"""
     base_title: str | None
     """for the page; None: --base"""
     block_size: int
@@ -65,8 +67,10 @@ class Preset:
     """flags of memories that start as the base: rate and head"""
     fresh: tuple[str, ...]
     """flags of memories that start at random: the rate"""
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
     """flags of all models of `train_baseline`, before those of the arm"""
+    model_epochs: int
+    """of all models that start as the base"""
     rates: Mapping[str, str]
     """kind of model → its learning rate, where the default of `train_baseline` is not right here"""
     ds_config: str
@@ -93,6 +97,21 @@ class Preset:
             *("--k", self.k, "--neighbour-perplexity", self.neighbour_perplexity),
             *("--exclude", "same-document", "--shard-positions", 32768),
         )
+
+    @property
+    def base_flags(self) -> tuple[object, ...]:
+        """Of `train_base`; there is no --base."""
+        assert self.base is not None
+        return ("--epochs", self.base_epochs, *self.base)
+
+    def model_flags(self, *, starts_as_base: bool) -> tuple[object, ...]:
+        """Of `train_baseline`, before those of the arm. What starts at random reads the text as often as base
+        and memory together."""
+        epochs = self.model_epochs
+        if not starts_as_base:
+            assert self.base_epochs is not None  # it is of the size of a base that is trained here
+            epochs = self.base_epochs + self.epochs
+        return ("--epochs", epochs, *self.models)
 
     def memory_flags(self, *, starts_as_base: bool) -> tuple[object, ...]:
         """Of `train`, before those of the arm."""
@@ -137,7 +156,8 @@ TINY = Preset(
         arms=("memory", "memory_ce", "paper", "paper_ce", *_CONTROLS),
     ),
     vocab_size=2048,
-    base=("--num-layers", "3", "--hidden-size", "128", "--epochs", "20", "--learning-rate", "2e-3"),
+    base=("--num-layers", "3", "--hidden-size", "128", "--learning-rate", "2e-3"),
+    base_epochs=20,
     base_title="a GPT-2-like model of .9 M parameters, trained on the spot",
     block_size=256,
     stride=256,
@@ -150,7 +170,7 @@ TINY = Preset(
     epochs=10,
     start=("--head", "base", "--learning-rate", "2e-3"),
     fresh=("--learning-rate", "2e-3"),
-    models=("--epochs", "10"),
+    model_epochs=10,
     # The base's own rate. At the default, which is for pretrained bases, it ends at twice the perplexity.
     rates={"continued": "2e-3", "lora": "5e-3"},
     ds_config="cpu.json",
@@ -162,7 +182,7 @@ TINY = Preset(
         "build-index": 5,
         "write-targets": 25,
         "train": 30,
-        "train-baseline": 62,
+        "train-baseline": 136,
         "fit-gate": 10,
         "evaluate": 15,
     },
@@ -190,9 +210,10 @@ SMALL = Preset(
     ),
     vocab_size=8192,
     base=(
-        *("--num-layers", "5", "--hidden-size", "256", "--epochs", "8", "--learning-rate", "1e-3"),
+        *("--num-layers", "5", "--hidden-size", "256", "--learning-rate", "1e-3"),
         *("--dropout", "0.1"),
     ),
+    base_epochs=8,
     base_title="a GPT-2-like model of 6 M parameters, trained on the spot",
     block_size=512,
     stride=512,
@@ -205,7 +226,8 @@ SMALL = Preset(
     epochs=5,
     start=("--head", "base", "--learning-rate", "2e-3"),
     fresh=("--learning-rate", "2e-3"),
-    models=("--epochs", "5", "--validate-every", "28", "--early-stopping-patience", "3"),  # twice an epoch
+    models=("--validate-every", "28", "--early-stopping-patience", "3"),  # twice an epoch
+    model_epochs=5,
     rates={"continued": "1e-3", "lora": "5e-3"},
     ds_config="cpu.json",
     dtype="float32",
@@ -243,6 +265,7 @@ REAL = Preset(
     ),
     vocab_size=None,
     base=None,
+    base_epochs=None,
     base_title=None,
     block_size=512,
     stride=512,
@@ -256,7 +279,8 @@ REAL = Preset(
     start=("--head", "base", "--learning-rate", "1e-3"),
     fresh=("--learning-rate", "2e-3"),
     # Validated twice an epoch, because each reads the tuning split.
-    models=("--epochs", "2", "--validate-every", "26", "--early-stopping-patience", "2"),
+    models=("--validate-every", "26", "--early-stopping-patience", "2"),
+    model_epochs=2,
     rates={},
     # bfloat16 products, float32 weights and moments: 2.1 times the speed of cpu.json, the same loss.
     ds_config="zero1.json",

@@ -61,13 +61,12 @@ def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
             needs=(),
         )
     ]
-    assert preset.base is not None
     for size in sizes:
         at = root / size.name
         base, keys, index, targets = (str(at / stage) for stage in ("base", "keys", "index", "targets"))
         steps = {
             "base": (
-                *("train-base", *trainer, *preset.base),
+                *("train-base", *trainer, *preset.base_flags),
                 *("--num-layers", size.layers, "--hidden-size", size.width),
             ),
             "keys": (

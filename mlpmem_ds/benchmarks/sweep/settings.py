@@ -70,10 +70,7 @@ PRESET = replace(PRESETS["tiny"], domain=_TEXT)
 
 def base_plan(preset: Preset, base_epochs: int, root: Path) -> Plan:
     """A base trained on the general text for so many epochs; it is left in `root / "base"`."""
-    assert preset.base is not None
-    words = list(preset.base)
-    words[words.index("--epochs") + 1] = str(base_epochs)
-    planner = Planner(preset=replace(preset, base=tuple(words)), root=root)
+    planner = Planner(preset=replace(preset, base_epochs=base_epochs), root=root)
     planner.add_corpus("general", tokenizer=f"train:{preset.vocab_size}")
     planner.add_base()
     return planner.plan()
@@ -82,12 +79,12 @@ def base_plan(preset: Preset, base_epochs: int, root: Path) -> Plan:
 def setting_plan(preset: Preset, setting: Setting, root: Path, *, base: Path, num_seeds: int) -> Plan:
     """The arms of a setting below `root`, and a report a seed."""
     domain = replace(preset.domain, max_bytes=setting.megabytes * _MEGABYTE)
-    models = ("--epochs", str(setting.epochs), "--early-stopping-patience", "none", "--select", "best")
     preset = replace(
         preset,
         domain=domain,
         epochs=setting.epochs,
-        models=models,
+        models=("--early-stopping-patience", "none", "--select", "best"),
+        model_epochs=setting.epochs,
     )
     planner = Planner(preset=preset, root=root, given_base=str(base), has_gates=False)
     planner.add_corpus("domain", tokenizer=str(base))

@@ -74,6 +74,16 @@ def test_models_are_trained_at_the_rate_of_a_base_of_that_size() -> None:
                 assert given == rate, job.name
 
 
+def test_a_model_from_scratch_reads_the_text_as_often_as_base_and_memory_together() -> None:
+    """It learns there what the base learnt, too."""
+    jobs = {job.name: job.words for job in make_plan(PRESETS["tiny"], ROOT, seeds=[0], base=None).jobs}
+    epochs = {
+        name: float(words[words.index("--epochs") + 1]) for name, words in jobs.items() if "--epochs" in words
+    }
+    assert epochs["general/bigger-0"] == epochs["base"] + epochs["general/memory-0"] == 30
+    assert epochs["domain/continued-0"] == epochs["domain/memory-0"] == 10
+
+
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_texts_are_extracted_once_and_every_arm_is_trained_with_every_seed(preset) -> None:
     base = None if preset.base is not None else "model"

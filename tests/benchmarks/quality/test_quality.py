@@ -67,14 +67,15 @@ def preset(tmp_path: Path) -> Preset:
             **fractions,
         ),
         vocab_size=400,
-        base=("--num-layers", "1", "--hidden-size", "32", "--epochs", "2"),
+        base=("--num-layers", "1", "--hidden-size", "32"),
+        base_epochs=2,
         block_size=64,
         stride=64,
         k=16,
         neighbour_perplexity=8,
         memory=("--num-blocks", "1", "--batch-positions", "512"),
         epochs=1,
-        models=("--epochs", "1"),
+        model_epochs=1,
     )
 
 
