@@ -191,7 +191,8 @@ def _claim_items(found: Sequence[tuple[str, RatioResult]]) -> str:
     for ratios in by_name.values():
         first = ratios[0][1]
         places = ", ".join(
-            f"**{number_text(ratio.value, '{:.3f}')}** ({preset}, {ratio.text} text)"
+            f"**{number_text(ratio.value, '{:.3f}')}** ({preset}, {ratio.text} text"
+            f"{', one seed' if len(ratio.by_seed) == 1 else ''})"
             for preset, ratio in ratios
         )
         items.append(item(f"{first.meaning} ({first.goal} was the goal): {places}"))
@@ -241,8 +242,8 @@ def _method() -> list[str]:
                     "**Intervals.** Within a seed, whole documents are drawn again 2,000 times, the same ones"
                     " for both arms; the 2.5 and 97.5 percentiles are that seed's interval. The interval that"
                     " stands here reaches from the lowest end of any seed to the highest. So it covers other"
-                    " documents of the kind, and what the trainings differed by. The base is one: it does not"
-                    " cover another base.",
+                    " documents of the kind, and what the trainings differed by; of one seed it covers the"
+                    " documents alone. The base is one: it does not cover another base.",
                     "**Seeds** change the initial weights and the order of each trained arm. The base, the"
                     " keys, the index and the targets are made once.",
                     "**Equal.** All memories of a preset have the same blocks and batches; how much they read"

@@ -2,7 +2,8 @@
 
 Seconds are of one core: estimates, of tiny half of what its jobs took with as much other work next to them
 (docs/results/tiny.json; `bigger`, which had a third of its epochs there, three times that), of real what
-extraction and evaluation took, else from operations and the rates of LAB.md. A seed trains all arms. The sums are of three seeds, of real of one.
+extraction and evaluation took, else from operations and the rates of LAB.md. A seed trains all arms. The
+sums are of three seeds, of real of one.
 
 | preset | texts: train positions | base | a memory | trainings a seed | core s | 2 cores |
 | --- | --- | --- | ---: | --- | ---: | ---: |

@@ -20,6 +20,14 @@ def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> Non
     assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
 
 
+def test_a_claim_of_one_seed_says_so_and_its_interval_covers_documents_alone() -> None:
+    result = make_result()
+    alone = [replace(ratio, by_seed=ratio.by_seed[:1]) for ratio in result.ratios]
+    page = in_one_line(render_page([replace(result, seeds=(0,), ratios=tuple(alone))]))
+    assert "**1.500** (tiny, domain text, one seed)" in page
+    assert "differed by; of one seed it covers the documents alone" in page
+
+
 def test_a_ratio_without_a_value_is_named_with_the_reason() -> None:
     result = make_result()
     ratio = replace(result.ratios[0], value=None, interval=None, by_seed=(None, 1.5), is_clear=False)
