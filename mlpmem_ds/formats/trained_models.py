@@ -100,6 +100,14 @@ class TrainingResult:
     selected_step: int
     validations: tuple[Mapping[str, Any], ...]
 
+    @property
+    def is_past_best(self) -> bool | None:
+        """Whether it was validated best before its last step; if not, more steps might have made it better.
+        None where it was not validated."""
+        found = [(one["perplexity"], one["step"]) for one in self.validations]
+        found = [(perplexity, step) for perplexity, step in found if perplexity is not None]
+        return min(found)[1] < self.steps if found else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryManifest(Manifest):

@@ -49,6 +49,20 @@ def test_the_positions_read_are_those_of_the_steps_done(tmp_path):
     assert started.num_positions_read is None
 
 
+def test_a_training_is_past_its_best_where_a_validation_before_its_last_step_was_the_best() -> None:
+    def training(*perplexities: float | None) -> TrainingResult:
+        steps = range(10, 10 * len(perplexities) + 1, 10)
+        validations = [
+            {"step": step, "perplexity": ppl} for step, ppl in zip(steps, perplexities, strict=True)
+        ]
+        return TrainingResult(steps=30, rows_per_step=8, selected_step=30, validations=tuple(validations))
+
+    assert training(9.0, 8.0, 8.5).is_past_best is True
+    assert training(9.0, 8.0, 8.0).is_past_best is True
+    assert training(9.0, None, 7.0).is_past_best is False
+    assert training().is_past_best is training(None).is_past_best is None
+
+
 def test_weights_round_trip(tmp_path):
     provenance = make_provenance(steps=3, alpha=0.5)
     weights = {"head.weight": torch.randn(5, 3), "final_norm.bias": torch.randn(3)}

@@ -156,7 +156,7 @@ def epochs_used_up(models: Sequence[Path]) -> tuple[float, ...]:
         )
         training, flags = stage.manifest.training, flags_of_run(root)
         # Early stopping needs a validation after the best one, and a budget is no number of epochs.
-        if training.selected_step == training.steps and flags.get("time_budget_seconds") is None:
+        if training.is_past_best is False and flags.get("time_budget_seconds") is None:
             epochs.append(float(flags["epochs"]))
     return tuple(epochs)
 

@@ -155,7 +155,7 @@ def _joined_row(rows: Sequence[ArmRow], text: str) -> ArmRow:
         other_interval=_hull([row.other_interval for row in rows]),
         tokens=None if tokens is None else round(tokens),
         seconds=_mean_of_present([row.seconds for row in rows], weights),
-        epochs_used_up=tuple(epochs for row in rows for epochs in row.epochs_used_up),
+        epochs_used_up=_joined_epochs([row.epochs_used_up for row in rows]),
     )
 
 
@@ -175,6 +175,12 @@ def _joined_ratio(parts: Sequence[RatioResult]) -> RatioResult:
         # Where the joined interval is on one side of the goal, each part's is, and is unclear only by this.
         is_defined=all(part.is_clear for part in parts),
     )
+
+
+def _joined_epochs(parts: Sequence[tuple[float, ...] | None]) -> tuple[float, ...] | None:
+    """None where one is missing."""
+    found = [part for part in parts if part is not None]
+    return tuple(epochs for part in found for epochs in part) if len(found) == len(parts) else None
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

@@ -23,6 +23,7 @@ from mlpmem_ds.benchmarks.quality.results import (
 )
 from mlpmem_ds.benchmarks.scaling.results import (
     ScalingResult,
+    bases_at_their_best,
     plot_scaling,
     read_scaling,
     scaling_table,
@@ -223,7 +224,7 @@ def _scaling_section(scaling: ScalingResult) -> list[str]:
             " and learnt token, 2 where a model only reads, and the products of the retriever's search."
             " Intervals are over draws of whole documents"
             f" ({scaling.documents} of them) and cover neither seeds nor other sizes; with so few sizes an"
-            " exponent describes them, and is no law."
+            f" exponent describes them, and is no law. {bases_at_their_best(scaling)}"
         ),
         f"![perplexity over parameters and compute]({_FOLDER}/scaling.png)",
         scaling_table(scaling),
@@ -253,7 +254,7 @@ def _method() -> list[str]:
                     " after the preset's epochs, `bigger`, which starts at random, after those of base and"
                     " memory together (where its description says the preset's, it read the text less often"
                     " than the base); a line under the table names those that were at their best"
-                    " at their last step. Where the base was trained"
+                    " at their last step, or says that this was not recorded. Where the base was trained"
                     " here, it is trained on at the learning rate of its own training, and `lora` at the best"
                     " of three rates on `tiny`; `continued_equal_time` gets the seconds of keys, index,"
                     " targets and memory together, `lora` and `bigger` as many parameters as the memory. All"

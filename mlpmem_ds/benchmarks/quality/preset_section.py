@@ -107,20 +107,23 @@ def _better_than_memory(text: TextResult) -> list[str]:
 
 
 def _epochs_used_up(text: TextResult) -> list[str]:
-    """The models that more epochs might have made better, by name."""
+    """The models that more epochs might have made better, by name, and those of which it is not known."""
     named = [
         f"`{row.arm}` ({' '.join(f'{epochs:g}' for epochs in dict.fromkeys(row.epochs_used_up))} epochs,"
         f" {len(row.epochs_used_up)} of {row.seeds} seeds)"
         for row in text.rows
         if row.epochs_used_up
     ]
-    if not named:
-        return []
-    return [
-        paragraph(
-            f"At their best at the last step of their epochs, so not yet at an end: {', '.join(named)}."
-        )
+    unknown = [
+        f"`{row.arm}`"
+        for row in text.rows
+        if row.epochs_used_up is None and row.arm in MODELS and not MODELS[row.arm].is_of_equal_time
     ]
+    lines = [
+        ("At their best at the last step of their epochs, so not yet at an end", named),
+        ("Not recorded whether more epochs might have made these better", unknown),
+    ]
+    return [paragraph(f"{what}: {', '.join(arms)}.") for what, arms in lines if arms]
 
 
 def _questions(sets: Sequence[SetScores]) -> list[str]:

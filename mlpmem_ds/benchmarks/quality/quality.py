@@ -38,7 +38,8 @@ class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
     On two cores with other light work, tiny took 40 minutes with three seeds (the bigger decoder for a third
-    of its present epochs), small 1½ hours and real (a pretrained --base) 2½ hours with one. The same command continues what was interrupted.
+    of its present epochs), small 1½ hours and real (a pretrained --base) 2½ hours with one. The same command
+    continues what was interrupted.
     """
 
     example: ClassVar[str] = "python tools/bench.py quality --preset tiny --output runs/quality-tiny"

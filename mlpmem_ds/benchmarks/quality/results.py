@@ -46,8 +46,9 @@ class ArmRow:
     """read to make it, beyond the base, mean over the seeds of which it is known"""
     seconds: float | None
     """that its stages took beyond the base, mean over the seeds of which it is known"""
-    epochs_used_up: tuple[float, ...] = field(default=(), metadata=added_later())
-    """of a model: the epochs of each training whose best step was the last of its schedule"""
+    epochs_used_up: tuple[float, ...] | None = field(default=None, metadata=added_later())
+    """of a model: the epochs of each training whose best step was the last of its schedule; None: not
+    recorded"""
 
 
 @dataclass(frozen=True, kw_only=True)

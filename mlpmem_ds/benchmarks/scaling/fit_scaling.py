@@ -91,4 +91,5 @@ def _figures(point: Point) -> PointFigures:
         parameters=point.parameters,
         compute=point.compute,
         ppl=float(np.exp(point.loss)),
+        base_is_past_best=point.base_is_past_best,
     )

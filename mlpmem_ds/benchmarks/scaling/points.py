@@ -21,11 +21,16 @@ from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.manifest import CompleteStage, format_of, read_stage
 from mlpmem_ds.core.run_description import find_input, flags_of_run
 from mlpmem_ds.formats.corpus import num_tokens_of_splits
-from mlpmem_ds.formats.evaluation import ArmFigures, Evaluation, Report, open_report, read_document_sums
+from mlpmem_ds.formats.evaluation import Evaluation, Report, open_report, read_document_sums
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import Keys, KeysManifest
 from mlpmem_ds.formats.targets import open_targets
-from mlpmem_ds.formats.trained_models import BaseManifest, Provenance, read_memory_description
+from mlpmem_ds.formats.trained_models import (
+    BaseManifest,
+    Provenance,
+    TrainingResult,
+    read_memory_description,
+)
 from mlpmem_ds.stages.evaluation.config import memory_directories
 from mlpmem_ds.stages.planning.counts import keys_of_probes
 
@@ -46,6 +51,8 @@ class Point:
     """floating-point operations to make it"""
     loss: float
     """nats a token of the test split"""
+    base_is_past_best: bool | None
+    """whether its base was validated best before its last step; None where it was not validated"""
     positions_M: Array = field(repr=False)
     sums_M: Array = field(repr=False)
     """natural log-probabilities by document"""
@@ -72,13 +79,24 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
                 f"--reports {root}: how many tokens {evaluation.subject} was trained on is not known, so what"
                 " it cost is not: give reports of memories that were trained here"
             )
-        learnt = 6 * base.parameters * _tokens_of_base(evaluation, root)
+        training = _training_of_base(evaluation, root)
+        learnt = 6 * base.parameters * training.steps * training.rows_per_step
         trained = _trained_memories(report, root)
         read = 2 * base.parameters * _tokens_read_for(trained, evaluation, root)
         added = memory.parameters - base.parameters
         both = learnt + read + _operations_of_search(trained, root) + 6 * added * memory.tokens
         for name, arm, compute in ((DECODER, base, learnt), (WITH_MEMORY, memory, both)):
-            points.append(_point(name, arm, compute, documents.positions_M, documents.sums[arm.name]))
+            points.append(
+                Point(
+                    arm=name,
+                    parameters=float(arm.parameters),
+                    compute=float(compute),
+                    loss=-float(documents.sums[arm.name].sum() / documents.positions_M.sum()),
+                    base_is_past_best=training.is_past_best,
+                    positions_M=documents.positions_M,
+                    sums_M=documents.sums[arm.name],
+                )
+            )
         if not np.array_equal(points[0].positions_M, documents.positions_M):
             raise UserError(
                 f"--reports {root} is of another text than {reports[0]}: sizes are compared on one text"
@@ -86,18 +104,7 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
     return points
 
 
-def _point(name: str, arm: ArmFigures, compute: float, positions_M: Array, sums_M: Array) -> Point:
-    return Point(
-        arm=name,
-        parameters=float(arm.parameters),
-        compute=float(compute),
-        loss=float(-sums_M.sum() / positions_M.sum()),
-        positions_M=positions_M,
-        sums_M=sums_M,
-    )
-
-
-def _tokens_of_base(evaluation: Evaluation, root: Path) -> int:
+def _training_of_base(evaluation: Evaluation, root: Path) -> TrainingResult:
     base = Path(evaluation.model)
     if not base.is_dir() or format_of(base) != BaseManifest.FORMAT:
         raise UserError(
@@ -105,7 +112,7 @@ def _tokens_of_base(evaluation: Evaluation, root: Path) -> int:
             " not known: give reports of bases that were trained here"
         )
     stage: CompleteStage[BaseManifest] = read_stage(CompleteStage, BaseManifest, base, flag="--reports")
-    return stage.manifest.training.steps * stage.manifest.training.rows_per_step
+    return stage.manifest.training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mlpmem_ds.benchmarks.result_files import read_record, write_record
-from mlpmem_ds.benchmarks.scaling.points import Point, drawn_losses
+from mlpmem_ds.benchmarks.scaling.points import DECODER, Point, drawn_losses
 from mlpmem_ds.benchmarks.scaling.power_law import (
     MIN_SIZES_WITH_FLOOR,
     PowerLaw,
@@ -17,6 +17,7 @@ from mlpmem_ds.benchmarks.scaling.power_law import (
     fit_power_law,
 )
 from mlpmem_ds.core.files import publish
+from mlpmem_ds.core.typed_json import added_later
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.stages.report.table import markdown_table
 from mlpmem_ds.stages.report.words import scaled_text
@@ -50,6 +51,9 @@ class PointFigures:
     parameters: float
     compute: float
     ppl: float
+    base_is_past_best: bool | None = field(default=None, metadata=added_later())
+    """whether its base was best on the tuning split before its last step; None: not recorded, or it was not
+    validated"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,21 @@ def plot_scaling(result: ScalingResult, path: Path) -> None:
     figure.axes[0].legend()
     with publish(path) as temporary:
         save_png(figure, temporary)
+
+
+def bases_at_their_best(result: ScalingResult) -> str:
+    """Which bases more steps might have made better, as sentences."""
+    bases = [point for point in result.points if point.arm == DECODER]
+    kinds = (
+        ("Bases that were at their best at their last step, so not yet at an end", False),
+        ("Not recorded whether more steps might have made these bases better", None),
+    )
+    lines = []
+    for what, is_past_best in kinds:
+        sizes = [scaled_text(base.parameters) for base in bases if base.base_is_past_best is is_past_best]
+        if sizes:
+            lines.append(f"{what}: {', '.join(sizes)}.")
+    return " ".join(lines)
 
 
 def scaling_table(result: ScalingResult) -> str:

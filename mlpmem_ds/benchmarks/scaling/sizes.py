@@ -1,7 +1,7 @@
 """Part of `fit_scaling`: the sizes of a preset as jobs, which `quality`'s runner runs.
 
-Equal for all sizes: the text, the tokens that a base reads at most (it stops at its best tuning perplexity),
-batches, the memory's blocks and epochs; a memory is as wide as its base.
+Equal for all sizes: the text, the tokens that a base reads at most (it stops where its tuning perplexity no
+longer falls), batches, the memory's blocks and epochs; a memory is as wide as its base.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SIZES = {
     ),
 }
 _HELD_EQUAL = (
-    "the text, at most the same tokens for each base (each stops at its best tuning perplexity), batches and"
-    " learning rates, the blocks and epochs of the memory, which is as wide as its base; so parameters and"
-    " compute grow together"
+    "the text, at most the same tokens for each base (it stops where its tuning perplexity no longer falls),"
+    " batches and learning rates, the blocks and epochs of the memory, which is as wide as its base; so"
+    " parameters and compute grow together"
 )
 
 

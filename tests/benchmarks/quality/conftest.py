@@ -27,6 +27,7 @@ def make_row(arm: str, ppl: float, **changes: Any) -> ArmRow:
         "parameters": 2_000_000,
         "tokens": 300_000,
         "seconds": 61.0,
+        "epochs_used_up": (),
     }
     return ArmRow(arm=arm, ppl=ppl, **(fields | changes))
 

@@ -79,7 +79,12 @@ def _model(root: Path, *, selected_step: int, **flags: float) -> Path:
     manifest = BaselineManifest(
         kind="continued",
         base={},
-        training=TrainingResult(steps=30, rows_per_step=64, selected_step=selected_step, validations=()),
+        training=TrainingResult(
+            steps=30,
+            rows_per_step=64,
+            selected_step=selected_step,
+            validations=({"step": selected_step, "perplexity": 20.0}, {"step": 30, "perplexity": 21.0}),
+        ),
         parameters=1,
         parameters_trained=1,
         parameters_matched=None,

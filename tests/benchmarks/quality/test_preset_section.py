@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 from mlpmem_ds.benchmarks.quality.preset_section import preset_section
-from mlpmem_ds.benchmarks.quality.results import QualityResult
+from mlpmem_ds.benchmarks.quality.results import QualityResult, read_result, write_result
+from mlpmem_ds.core.files import publish_json
 from mlpmem_ds.formats.answers import ArmScores, SetScores
 
 from .conftest import in_one_line, make_result, make_row
@@ -39,6 +42,19 @@ def test_models_whose_training_the_schedule_ended_are_named() -> None:
     ended = replace(text.rows[3], epochs_used_up=(2.0, 2.0))
     section = _section(replace(result, texts=(replace(text, rows=(*text.rows[:3], ended)),)))
     assert "so not yet at an end: `continued` (2 epochs, 2 of 3 seeds)." in in_one_line(section)
+
+
+def test_what_was_not_recorded_of_an_older_result_is_not_said_to_have_ended(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    write_result(path, make_result())
+    assert "was not recorded" not in _section(read_result(path))
+    record = json.loads(path.read_text())
+    for row in record["texts"][0]["rows"]:
+        del row["epochs_used_up"]
+    publish_json(path, record)
+    section = in_one_line(_section(read_result(path)))
+    assert "Not recorded whether more epochs might have made these better: `continued`." in section
+    assert "At their best at the last step" not in section
 
 
 def test_a_preset_without_a_memory_has_no_comparison_with_it() -> None:

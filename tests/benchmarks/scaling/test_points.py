@@ -25,6 +25,7 @@ from mlpmem_ds.formats.evaluation import (
     write_evaluation,
 )
 from mlpmem_ds.formats.target_shards import TargetShard
+from mlpmem_ds.formats.trained_models import TrainingResult
 from mlpmem_ds.models.memory_config import MemoryConfig
 
 from ...manifests import codec_manifest, keys_manifest, make_provenance, targets_manifest
@@ -50,7 +51,10 @@ class Opened:
 def sizes_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each base read 500 tokens; the train splits are as above."""
     monkeypatch.setattr(points, "open_report", Opened)
-    monkeypatch.setattr(points, "_tokens_of_base", lambda evaluation, root: 500)
+    training = TrainingResult(
+        steps=5, rows_per_step=100, selected_step=4, validations=({"step": 4, "perplexity": 21.0},)
+    )
+    monkeypatch.setattr(points, "_training_of_base", lambda evaluation, root: training)
     monkeypatch.setattr(points, "num_tokens_of_splits", lambda root, flag: {"train": TRAIN_TOKENS[root.name]})
 
 
@@ -192,4 +196,5 @@ def test_two_sizes_are_refused_and_three_are_fitted(tmp_path: Path) -> None:
         fit_reports(roots[:2], text="a text", held_equal="all")
     result = fit_reports(roots, text="a text", held_equal="all")
     assert len(result.points) == 6 and result.documents == 2
+    assert all(point.base_is_past_best for point in result.points)
     assert [fit.exponent for fit in result.fits] == pytest.approx([0, 0, 0, 0], abs=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from mlpmem_ds.benchmarks.scaling.points import DECODER, WITH_MEMORY, Point
 from mlpmem_ds.benchmarks.scaling.results import (
     PointFigures,
     ScalingResult,
+    bases_at_their_best,
     fit_points,
     read_scaling,
     scaling_table,
     write_scaling,
 )
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import publish_json
 
 POSITIONS_M = np.array([100, 300, 50, 80])
 
@@ -35,6 +38,7 @@ def _points(num_sizes: int) -> list[Point]:
                     parameters=parameters,
                     compute=parameters**2,
                     loss=loss,
+                    base_is_past_best=bool(parameters != 2e6),
                     positions_M=POSITIONS_M,
                     sums_M=-loss * POSITIONS_M,
                 )
@@ -56,6 +60,7 @@ def _result() -> ScalingResult:
                 parameters=point.parameters,
                 compute=point.compute,
                 ppl=float(np.exp(point.loss)),
+                base_is_past_best=point.base_is_past_best,
             )
             for point in points
         ),
@@ -91,12 +96,28 @@ def test_the_json_is_read_as_it_was_written_and_another_is_refused(tmp_path: Pat
         read_scaling(path)
 
 
+def test_bases_that_were_not_yet_at_an_end_are_named_and_older_results_do_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.json"
+    write_scaling(path, _result())
+    assert bases_at_their_best(read_scaling(path)) == (
+        "Bases that were at their best at their last step, so not yet at an end: 2 M."
+    )
+    record = json.loads(path.read_text())
+    for point in record["points"]:
+        del point["base_is_past_best"]
+    publish_json(path, record)
+    assert bases_at_their_best(read_scaling(path)) == (
+        "Not recorded whether more steps might have made these bases better: 1 M, 2 M, 4 M, 8 M."
+    )
+
+
 def test_the_page_has_the_tables_and_says_what_was_held_equal(tmp_path: Path) -> None:
     page = tmp_path / "RESULTS.md"
     publish_scaling(page, _result())
     text = page.read_text()
     assert scaling_table(_result()) in text
     assert "Held equal: the text." in " ".join(text.split())
+    assert bases_at_their_best(_result()) in " ".join(text.split())
     assert (tmp_path / "results" / "scaling.png").read_bytes().startswith(b"\x89PNG")
     publish_scaling(page, replace(_result(), date="2026-05-06"))
     assert "2026-01-02" not in page.read_text()
