@@ -146,6 +146,11 @@ def test_every_arm_has_a_description() -> None:
         assert description_of(arm)[0].islower() or description_of(arm)[0] in "`k"
 
 
+def test_the_description_of_an_arm_names_a_schedule_that_is_not_the_trainers_own() -> None:
+    for arm in MODELS.values():
+        assert ("constant rate" in arm.description) == ("constant" in arm.flags)
+
+
 def test_an_arm_whose_package_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     plan = make_plan(PRESETS["tiny"], ROOT, seeds=[0], base=None)
