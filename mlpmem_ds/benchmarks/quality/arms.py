@@ -112,8 +112,8 @@ MODELS: Mapping[str, ModelArm] = {
             *("--schedule", "constant", "--epochs", "1000", "--warmup-fraction", "0.0005"),
         ),
         description=(
-            "the base trained on for the seconds of the memory and its keys, at a constant rate: how many steps"
-            " fit is not known beforehand"
+            "the base trained on for the seconds of the memory and its keys, at a constant rate: how many"
+            " steps fit is not known beforehand"
         ),
         is_of_equal_time=True,
     ),

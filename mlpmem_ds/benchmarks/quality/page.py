@@ -221,8 +221,8 @@ def _scaling_section(scaling: ScalingResult) -> list[str]:
         paragraph(
             f"Power laws of the loss in nats (log perplexity), on {scaling.text}; {scaling.machine},"
             f" {scaling.date}. Held equal: {scaling.held_equal}. Compute is counted: 6 operations a parameter"
-            " and learnt token, 2 where a model only reads, and the products of the retriever's search."
-            " Intervals are over draws of whole documents"
+            " and learnt token, 2 where a model only reads, 4 of a head that is learnt through and stays as"
+            " it is, and the products of the retriever's search. Intervals are over draws of whole documents"
             f" ({scaling.documents} of them) and cover neither seeds nor other sizes; with so few sizes an"
             f" exponent describes them, and is no law. {bases_at_their_best(scaling)}"
         ),
@@ -259,8 +259,9 @@ def _method() -> list[str]:
                     " of three rates on `tiny`; `continued_equal_time` gets the seconds of keys, index,"
                     " targets and memory together, at a constant rate, for how many steps fit is not known"
                     " beforehand; `lora` and `bigger` get as many parameters as the memory. All keep the"
-                    " weights of their best validation on the tuning split. What is not equal stands in the last columns: parameters with the base's, tokens"
-                    " read and seconds spent beyond the base, on a machine that runs several jobs at once."
+                    " weights of their best validation on the tuning split. What is not equal stands in the"
+                    " last columns: parameters with the base's, tokens read and seconds spent beyond the"
+                    " base, on a machine that runs several jobs at once."
                     " Within a preset all trainings have one precision: float32, or with `real` bfloat16"
                     " products over float32 weights, unless `--ds_config` stands in its command. What only"
                     " reads a model is float32, unless `--dtype` stands there.",

@@ -1,8 +1,9 @@
 """Part of `fit_scaling`: reports of `evaluate` → points, one a report and arm.
 
 Compute is counted, not measured: 6 floating-point operations a parameter and token that is learnt, 2 where a
-model only reads. A memory also costs the base's pass over its training text and the retriever's search, if it
-learnt from its targets, and needs the base.
+model only reads, 4 a parameter of the base's head where a memory learns through it as it is. A memory also
+costs the base's pass over its training text and the retriever's search, if it learnt from its targets, and
+needs the base.
 
 M documents, R draws, P points.
 """
@@ -31,6 +32,7 @@ from mlpmem_ds.formats.trained_models import (
     TrainingResult,
     read_memory_description,
 )
+from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.stages.evaluation.config import memory_directories
 from mlpmem_ds.stages.planning.counts import keys_of_probes
 
@@ -74,17 +76,11 @@ def read_points(reports: Sequence[Path]) -> list[Point]:
             raise UserError(f"--reports {root} has no memory: evaluate it with --memory")
         documents = read_document_sums(root, evaluation.test_split)
         base, memory = evaluation.base, evaluation.arm(evaluation.subject)
-        if memory.tokens is None:
-            raise UserError(
-                f"--reports {root}: how many tokens {evaluation.subject} was trained on is not known, so what"
-                " it cost is not: give reports of memories that were trained here"
-            )
         training = _training_of_base(evaluation, root)
         learnt = 6 * base.parameters * training.steps * training.rows_per_step
         trained = _trained_memories(report, root)
         read = 2 * base.parameters * _tokens_read_for(trained, evaluation, root)
-        added = memory.parameters - base.parameters
-        both = learnt + read + _operations_of_search(trained, root) + 6 * added * memory.tokens
+        both = learnt + read + _operations_of_search(trained, root) + sum(one.operations for one in trained)
         for name, arm, compute in ((DECODER, base, learnt), (WITH_MEMORY, memory, both)):
             points.append(
                 Point(
@@ -122,25 +118,43 @@ class _TrainedMemory:
     name: str
     root: Path
     provenance: Provenance
+    operations: int
+    """of its training, without what was made before"""
 
 
 def _trained_memories(report: Report, root: Path) -> list[_TrainedMemory]:
     """The subject's."""
-    subject = report.evaluation.subject
+    evaluation = report.evaluation
+    subject = evaluation.subject
     memories = memory_directories(flags_of_run(root).get("memory", ()))
     if subject in memories:  # else it is the bank of all
         memories = {subject: memories[subject]}
     trained = []
     for name, directory in memories.items():
-        memory = Path(directory)
+        figures, memory = evaluation.arm(name), Path(directory)
+        if figures.tokens is None:
+            raise UserError(
+                f"--reports {root}: how many tokens {name} was trained on is not known, so what it cost is"
+                " not: give reports of memories that were trained here"
+            )
         manifest = memory / "manifest.json"
         if not manifest.is_file() or sha256_of_file(manifest) != report.inputs.get(name):
             raise UserError(
                 f"--reports {root}: {name}, {memory}, is not there as it was evaluated, so the text of its"
                 " training is not known: evaluate it again, as an output of launch/train.py"
             )
-        provenance = read_memory_description(memory / "weights" / "config.json").provenance
-        trained.append(_TrainedMemory(name=name, root=memory, provenance=provenance))
+        described = read_memory_description(memory / "weights" / "config.json")
+        shape = MemoryConfig.from_dict(described.memory)
+        # A head that stays as it is has no gradient of its own weights.
+        of_a_token = 6 * (figures.parameters - evaluation.base.parameters) + 4 * shape.num_shared_parameters()
+        trained.append(
+            _TrainedMemory(
+                name=name,
+                root=memory,
+                provenance=described.provenance,
+                operations=of_a_token * figures.tokens,
+            )
+        )
     return trained
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,9 @@ def _corpus(root: Path) -> str:
     return sha256_of_file(root / "manifest.json")
 
 
-def _write_memory(root: Path, corpus: Path) -> None:
+def _write_memory(root: Path, corpus: Path, shape: MemoryConfig) -> None:
     """As a training leaves it, which is where the flags of a report name it."""
-    publish_memory(root, SHAPE, make_provenance(corpus=_corpus(corpus)), seed=0)
+    publish_memory(root, shape, make_provenance(corpus=_corpus(corpus)), seed=0)
     description = read_json_object(root / "run.json")
     publish_json(root / "run.json", {**description, "config": {"corpus": str(corpus)}})
 
@@ -81,21 +82,28 @@ def _write(
     tokens: int | None = 1000,
     added: int = 100,
     trained_on: dict[str, str] | None = None,
+    members: dict[str, tuple[int, int | None]] | None = None,
+    shape: MemoryConfig = SHAPE,
 ) -> Path:
-    """A report on the corpus `evaluated`, and in it its memories, by the text that each was trained on."""
+    """A report on the corpus `evaluated`, and in it its memories, by the text that each was trained on; of a
+    bank the `members` with the parameters and tokens of each."""
     root.mkdir()
     evaluated, memories = root.parent / "evaluated", trained_on or {"memory": "evaluated"}
     _corpus(evaluated)
     for name, corpus in memories.items():
-        _write_memory(root / name, root.parent / corpus)
+        _write_memory(root / name, root.parent / corpus, shape)
     publish_json(root / "run.json", {"config": {"memory": [f"{name}={root / name}" for name in memories]}})
     arms = [
         make_arm("base", 20.0, parameters=parameters),
         make_arm(subject or "base+memory", 17.0, parameters=parameters + added, tokens=tokens),
+        *(
+            make_arm(f"base+{name}", 18.0, parameters=parameters + own, tokens=read)
+            for name, (own, read) in (members or {}).items()
+        ),
     ]
     write_evaluation(root, make_evaluation(*arms, subject=subject, corpus=str(evaluated)))
     positions_M = np.array([40, last])
-    sums = {"base": -np.log(20.0) * positions_M, arms[1].name: -np.log(17.0) * positions_M}
+    sums = {arm.name: -np.log(arm.ppl) * positions_M for arm in arms}
     write_document_sums(root, "test", DocumentSums(positions_M=positions_M, sums=sums))
     return root
 
@@ -163,8 +171,37 @@ def test_the_base_read_the_text_that_the_memory_was_trained_on(
     tmp_path: Path, trained_on: dict[str, str], tokens: int
 ) -> None:
     subject = "base+memory" if len(trained_on) == 1 else "base+bank"
-    base, memory = read_points([_write(tmp_path / "r", 1000, subject=subject, trained_on=trained_on)])
+    members = {"one": (70, 1000), "two": (30, 1000)} if len(trained_on) == 2 else {}
+    root = _write(tmp_path / "r", 1000, subject=subject, trained_on=trained_on, members=members)
+    base, memory = read_points([root])
     assert memory.compute == base.compute + 2 * 1000 * tokens + 6 * 100 * 1000
+
+
+def _write_bank(root: Path, members: dict[str, tuple[int, int | None]]) -> Path:
+    return _write(
+        root,
+        1000,
+        subject="base+bank",
+        added=sum(own for own, _ in members.values()),
+        tokens=None if None in (counts := [read for _, read in members.values()]) else sum(counts),
+        trained_on=dict.fromkeys(members, "evaluated"),
+        members=members,
+    )
+
+
+def test_each_memory_of_a_bank_learnt_its_own_tokens(tmp_path: Path) -> None:
+    base, bank = read_points([_write_bank(tmp_path / "r", {"one": (100, 1000), "two": (40, 300)})])
+    assert bank.parameters == 1140
+    assert bank.compute == base.compute + 2 * 1000 * 200 + 6 * (100 * 1000 + 40 * 300)
+    with pytest.raises(UserError, match="how many tokens base.two was trained on is not known"):
+        read_points([_write_bank(tmp_path / "imported", {"one": (100, 1000), "two": (40, None)})])
+
+
+def test_a_shared_head_costs_its_products_but_no_gradients_of_its_own(tmp_path: Path) -> None:
+    shape = replace(SHAPE, shared_head="a" * 64)
+    own = shape.num_parameters()
+    base, memory = read_points([_write(tmp_path / "r", 1000, shape=shape, added=own)])
+    assert memory.compute == base.compute + 2 * 1000 * 200 + (6 * own + 4 * 9 * 8) * 1000
 
 
 def test_a_cost_that_is_not_known_is_no_zero(tmp_path: Path) -> None:
