@@ -66,7 +66,9 @@ class Reason:
 
 REASONS: Mapping[ReasonName, Reason] = {
     "empty": Reason(words="documents without text", loses_text=False),
-    "not sampled": Reason(words="documents beyond --max-bytes or --weights", loses_text=False),
+    "not sampled": Reason(
+        words="documents beyond --max-bytes, --max-train-bytes or --weights", loses_text=False
+    ),
     "shortened": Reason(words="documents without their ends, by --shorten-documents", loses_text=False),
     "near duplicate": Reason(words="documents that nearly repeat another", loses_text=False),
     "no answer": Reason(

@@ -201,14 +201,20 @@ def _claim_items(found: Sequence[tuple[str, RatioResult]]) -> str:
 
 
 def _sweep_section(sweep: SweepResult) -> list[str]:
+    tested = (
+        "MB are of text to learn from; tuning and test text are the same in all lines."
+        if sweep.has_one_test_text
+        else "MB are of all splits: tuning and test text are shares of them, so lines of different MB are"
+        " tested on different texts, and part of what differs between them is the text."
+    )
     return [
         "## When: epochs, size of the text, quality of the base",
         paragraph(
             f"Base: {sweep.base}, on {sweep.general}; domain: {sweep.domain}. One thing is varied at a time"
             f" around the first line; {sweep.seeds} seed{'s' * (sweep.seeds > 1)} (the points), on"
             f" {sweep.machine}, {sweep.date}. All arms of a line train for the same epochs and keep their"
-            " best weights; λ is the best fixed one, without a gate. In bold: the best arm of a line."
-            " `python tools/bench.py sweep` measures it again; sweep.json has the intervals."
+            f" best weights; λ is the best fixed one, without a gate. {tested} In bold: the best arm of a"
+            " line. `python tools/bench.py sweep` measures it again; sweep.json has the intervals."
         ),
         f"![change of perplexity over epochs, text and base]({_FOLDER}/sweep.png)",
         sweep_table(sweep),

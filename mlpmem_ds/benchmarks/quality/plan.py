@@ -130,6 +130,7 @@ class Planner:
             *("--block-size", preset.block_size, "--stride", preset.stride),
             *("--tuning-fraction", text.tuning_fraction, "--test-fraction", text.test_fraction),
             *("--max-bytes", f"{text.max_bytes:g}", "--processes", 1),
+            *(() if text.max_train_bytes is None else ("--max-train-bytes", f"{text.max_train_bytes:g}")),
             needs=needs,
         )
 

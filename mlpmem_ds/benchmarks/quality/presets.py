@@ -32,6 +32,8 @@ class Text:
     flags: tuple[str, ...] = ()
     """further ones: which files count"""
     max_bytes: float
+    max_train_bytes: float | None = None
+    """None: all that tuning and test leave"""
     tuning_fraction: float
     test_fraction: float
     arms: tuple[str, ...]

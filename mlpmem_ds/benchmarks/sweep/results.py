@@ -6,12 +6,13 @@ A change is relative to the base's test perplexity (-0.05: five per cent less).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.benchmarks.result_files import read_record, write_record
 from mlpmem_ds.core.files import publish
+from mlpmem_ds.core.typed_json import added_later
 from mlpmem_ds.engines.plotting import new_figure, save_png
 from mlpmem_ds.stages.report.table import markdown_table
 from mlpmem_ds.stages.report.words import percent_text
@@ -42,6 +43,7 @@ class SettingResult:
 
     base_epochs: int
     megabytes: float
+    """of the train split; of all splits where these are shares of the size"""
     epochs: int
     positions: int
     """of the train split"""
@@ -64,6 +66,8 @@ class SweepResult:
     axes: Mapping[str, tuple[float, ...]]
     """what was varied, around the first of the settings"""
     settings: tuple[SettingResult, ...]
+    has_one_test_text: bool = field(default=False, metadata=added_later())
+    """whether tuning and test text are those of every setting; else they are shares of each size of text"""
 
     def along(self, axis: str) -> list[SettingResult]:
         """The settings that differ from the first in this field alone, in the order of its values."""

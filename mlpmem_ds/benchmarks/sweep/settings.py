@@ -21,7 +21,7 @@ class Setting:
     base_epochs: int
     """of the base, on the general text"""
     megabytes: float
-    """of the domain text, all splits together"""
+    """of the domain text's train split; its tuning and test split are those of every setting"""
     epochs: int
     """of every arm"""
 
@@ -52,20 +52,20 @@ class Sweep:
 
 
 SWEEP = Sweep(
-    centre=Setting(base_epochs=20, megabytes=0.24, epochs=4),
-    axes={"epochs": (1, 2, 4, 8), "megabytes": (0.08, 0.24, 0.72), "base_epochs": (2, 6, 20)},
+    centre=Setting(base_epochs=20, megabytes=0.15, epochs=4),
+    axes={"epochs": (1, 2, 4, 8), "megabytes": (0.05, 0.15, 0.45), "base_epochs": (2, 6, 20)},
 )
 _TEXT = Text(
     title="docstrings of PyTorch",
     inputs=("docs:torch",),
     flags=("--shorten-documents", "3000"),
-    max_bytes=0.24 * _MEGABYTE,
-    tuning_fraction=0.15,
-    test_fraction=0.25,
+    max_bytes=0.6 * _MEGABYTE,
+    tuning_fraction=0.06,
+    test_fraction=0.1,
     arms=ARMS,
 )
 PRESET = replace(PRESETS["tiny"], domain=_TEXT)
-"""of the centre"""
+"""of every setting, but for its epochs and its training text"""
 
 
 def base_plan(preset: Preset, base_epochs: int, root: Path) -> Plan:
@@ -78,7 +78,7 @@ def base_plan(preset: Preset, base_epochs: int, root: Path) -> Plan:
 
 def setting_plan(preset: Preset, setting: Setting, root: Path, *, base: Path, num_seeds: int) -> Plan:
     """The arms of a setting below `root`, and a report a seed."""
-    domain = replace(preset.domain, max_bytes=setting.megabytes * _MEGABYTE)
+    domain = replace(preset.domain, max_train_bytes=setting.megabytes * _MEGABYTE)
     preset = replace(
         preset,
         domain=domain,

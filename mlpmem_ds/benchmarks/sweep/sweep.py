@@ -83,6 +83,7 @@ def run_sweep(preset: Preset, sweep: Sweep, config: Config) -> SweepResult:
         seeds=config.seeds,
         axes=sweep.axes,
         settings=tuple(found),
+        has_one_test_text=True,
     )
     root.mkdir(parents=True, exist_ok=True)
     write_sweep(root / FILE_NAME, result)

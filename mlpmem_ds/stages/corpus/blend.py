@@ -151,7 +151,8 @@ def warn_of_blend(blend: Sequence[BlendedInput], max_bytes: float | None) -> Non
         else:
             why = (
                 f"of {asked:,.0f} bytes there are {one.num_bytes:,}: its documents are too large to fill its"
-                " share, or near duplicates were removed after the choice; give more text or another weight"
+                " share, or some were left out after the choice (near duplicates, --max-train-bytes); give"
+                " more text or another weight"
             )
         _logger.warning(
             "--weights: %s reaches %.1f %% of the bytes in place of %.1f %%: %s",

@@ -71,6 +71,13 @@ class Config(Flags):
     max_bytes: float | None = option(
         "bytes of text to take, group after group in the order of a hash (default: all)", None, above=0
     )
+    max_train_bytes: float | None = option(
+        "bytes of text in the training split, document after document in the order of a hash; the other"
+        " splits stay as they are, so that trainings on more and on less text are judged on the same"
+        " (default: all that is left for it)",
+        None,
+        above=0,
+    )
     cut_documents: int | None = option(
         "characters: cut longer texts at ends of lines into documents of at most this length, each dealt to"
         " a split of its own (default: never)",

@@ -173,6 +173,7 @@ def _survey(config: Config, world: World) -> Survey:
         test_fraction=config.test_fraction,
         heldout_fraction=config.heldout_fraction,
         max_bytes=config.max_bytes,
+        max_train_bytes=config.max_train_bytes,
         seed=config.seed,
         weights=config.weights or (),
     )
@@ -363,7 +364,7 @@ def _blend(
     for unit, summary in zip(survey.units, summaries, strict=True):
         units_of_inputs[unit.input_number].append(summary)
     blend = count_blend(config.input, config.weights, survey.available, units_of_inputs)
-    warn_of_blend(blend, config.max_bytes)
+    warn_of_blend(blend, config.max_bytes if config.max_train_bytes is None else None)
     return blend
 
 

@@ -31,6 +31,8 @@ class SplitRules:
     heldout_fraction: float
     max_bytes: float | None
     """None: all"""
+    max_train_bytes: float | None
+    """of the training split, once the others are dealt; None: all"""
     seed: int
     weights: tuple[float, ...] = ()
     """of the inputs; none: all that they hold"""
@@ -114,6 +116,9 @@ def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int
 
     What would overfill a split's share of the bytes is passed over, so that one long document does not decide
     its size.
+
+    Raises:
+        UserError: no document of the training split fits in `max_train_bytes`.
     """
     taken = _sample(documents, rules)
     total = sum(documents.sizes[number] for number in taken)
@@ -129,11 +134,9 @@ def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int
     tuning: set[str] = set()
     test: set[str] = set()
     if rules.tuning_fraction or rules.test_fraction:
-        by_text: dict[str, int] = {}
-        for number in taken:
-            if documents.group_of[number] not in heldout:
-                digest = documents.digest(number)
-                by_text[digest] = by_text.get(digest, 0) + documents.sizes[number]
+        by_text = _bytes_by_text(
+            documents, (number for number in taken if documents.group_of[number] not in heldout)
+        )
         tuning = _fill(by_text, rules.tuning_fraction * total, f"tuning:{rules.seed}")
         rest = {text: size for text, size in by_text.items() if text not in tuning}
         test = _fill(rest, rules.test_fraction * total, f"test:{rules.seed}")
@@ -146,7 +149,34 @@ def deal_documents(documents: SurveyedDocuments, rules: SplitRules) -> array[int
         else:
             split = "tuning" if digest in tuning else "test" if digest in test else "train"
         split_of[number] = SPLITS.index(split)
+    if rules.max_train_bytes is not None:
+        _limit_training(documents, split_of, rules.max_train_bytes, rules.seed)
     return split_of
+
+
+def _bytes_by_text(documents: SurveyedDocuments, numbers: Iterable[int]) -> dict[str, int]:
+    """Digest → the bytes of all these documents that have it."""
+    by_text: dict[str, int] = {}
+    for number in numbers:
+        digest = documents.digest(number)
+        by_text[digest] = by_text.get(digest, 0) + documents.sizes[number]
+    return by_text
+
+
+def _limit_training(documents: SurveyedDocuments, split_of: array[int], max_bytes: float, seed: int) -> None:
+    """Leave documents in the training split in the order of a hash, as long as they fit, and take out the
+    others."""
+    train = SPLITS.index("train")
+    numbers = [number for number, split in enumerate(split_of) if split == train]
+    left = _fill(_bytes_by_text(documents, numbers), max_bytes, f"train:{seed}")
+    if numbers and not left:
+        raise UserError(
+            f"--max-train-bytes {max_bytes:g} is less than each of the {len(numbers)} documents of the"
+            " training split: give more, or leave it out for all of them"
+        )
+    for number in numbers:
+        if documents.digest(number) not in left:
+            split_of[number] = NOT_TAKEN
 
 
 def _sample(documents: SurveyedDocuments, rules: SplitRules) -> Iterable[int]:

@@ -29,4 +29,5 @@ def make_result() -> SweepResult:
         seeds=2,
         axes={"epochs": (1, 2), "base_epochs": (3, 9)},
         settings=(setting(3, 1, -0.1), setting(3, 2, -0.3), setting(9, 1, -0.15)),
+        has_one_test_text=True,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from mlpmem_ds.benchmarks.quality.page import publish_sweep
+from mlpmem_ds.benchmarks.quality.page import publish_sweep, render_page
 from mlpmem_ds.benchmarks.sweep.results import plot_sweep, read_sweep, sweep_table, write_sweep
 from mlpmem_ds.core.errors import DamagedDataError
+from mlpmem_ds.core.files import publish_json
 
 from .conftest import make_result
 
@@ -26,6 +28,20 @@ def test_the_json_is_read_as_it_was_written_and_another_is_refused(tmp_path: Pat
     path.write_text(path.read_text().replace("mlpmem-sweep", "mlpmem-report"))
     with pytest.raises(DamagedDataError, match="run bench sweep again"):
         read_sweep(path)
+
+
+def test_the_page_says_of_an_older_result_that_its_sizes_were_tested_on_different_texts(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "sweep.json"
+    write_sweep(path, make_result())
+    page = " ".join(render_page([], None, read_sweep(path)).split())
+    assert "tuning and test text are the same in all lines" in page
+    record = json.loads(path.read_text())
+    del record["has_one_test_text"]
+    publish_json(path, record)
+    page = " ".join(render_page([], None, read_sweep(path)).split())
+    assert "lines of different MB are tested on different texts" in page
 
 
 def test_the_best_arm_of_a_line_is_bold() -> None:

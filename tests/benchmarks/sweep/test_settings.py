@@ -39,13 +39,28 @@ def test_one_thing_is_varied_at_a_time_and_the_centre_is_not_measured_twice() ->
 def test_a_setting_decides_text_and_epochs() -> None:
     setting = Setting(base_epochs=6, megabytes=0.5, epochs=3)
     jobs = {job.name: job.words for job in _plan(setting).jobs}
-    assert jobs["domain/corpus"][jobs["domain/corpus"].index("--max-bytes") + 1] == "500000"
+    assert jobs["domain/corpus"][jobs["domain/corpus"].index("--max-train-bytes") + 1] == "500000"
     for arm in ARMS:
         words = jobs[f"domain/{arm}-1"]
         assert words[words.index("--epochs") + 1] == "3"
     base = {job.name: job.words for job in base_plan(PRESET, 6, ROOT).jobs}
     assert base["base"][base["base"].index("--epochs") + 1] == "6"
     assert {*base} == {"general/corpus", "base"}
+
+
+def test_every_size_of_text_is_tuned_and_tested_on_the_same_documents() -> None:
+    """Only the limit of the training text differs, and each lies within what the other splits leave."""
+    corpora = []
+    for setting in SWEEP.along("megabytes"):
+        (corpus,) = (job for job in _plan(setting).jobs if job.name == "domain/corpus")
+        words = list(corpus.words)
+        place = words.index("--max-train-bytes")
+        assert float(words.pop(place + 1)) == setting.megabytes * 1e6
+        corpora.append(words)
+    assert all(words == corpora[0] for words in corpora)
+    text = PRESET.domain
+    left = text.max_bytes * (1 - text.tuning_fraction - text.test_fraction)
+    assert max(SWEEP.axes["megabytes"]) * 1e6 < left
 
 
 def test_there_is_a_report_a_seed_of_all_arms_and_no_gate() -> None:
@@ -68,6 +83,6 @@ def test_every_job_is_a_command_that_its_front_end_takes(plan: Plan) -> None:
 def test_another_sweep_keeps_the_kinds_of_its_values() -> None:
     sweep = Sweep(centre=replace(SWEEP.centre, epochs=1), axes={"epochs": (1, 2.0)})
     assert [setting.name for setting in sweep.settings()] == [
-        "base-20-text-0.24-epochs-1",
-        "base-20-text-0.24-epochs-2",
+        "base-20-text-0.15-epochs-1",
+        "base-20-text-0.15-epochs-2",
     ]

@@ -52,6 +52,7 @@ def test_every_setting_is_run_and_what_its_reports_say_is_written(
     bases = {root.name for root, words in ran if "train-base" in words}
     assert bases == {"base-2", "base-6", "base-20"}
     assert read_sweep(tmp_path / "run" / "sweep.json") == result
+    assert result.has_one_test_text
     first = result.settings[0]
     assert (first.base_ppl, first.positions, {*first.arms}) == (pytest.approx(10), 100, {"base+memory"})
     assert first.arms["base+memory"].by_seed == pytest.approx((-0.1, -0.2))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.world import World
-from mlpmem_ds.formats.corpus import SPLITS, open_corpus
+from mlpmem_ds.formats.corpus import SPLITS, open_corpus, read_corpus_manifest
 from mlpmem_ds.formats.documents import Document, read_documents
 from mlpmem_ds.formats.records import ReadRules
 from mlpmem_ds.stages.corpus import prepare_corpus, tokenization, workers
@@ -134,6 +134,26 @@ def test_a_sample_takes_whole_groups_up_to_a_size(text_dir: Path, tmp_path: Path
     assert size / 3 < corpus.num_bytes <= size / 2
 
 
+def test_a_limit_of_the_training_text_leaves_the_other_splits_byte_for_byte(
+    text_dir: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = str(corpus_dir / "tokenizer")
+    prepare_corpus.run(config_of(text_dir, tmp_path / "all", tokenizer=tokenizer), World())
+    whole = open_corpus(tmp_path / "all")
+    limit = whole.num_bytes / 2
+    prepare_corpus.run(
+        config_of(text_dir, tmp_path / "part", tokenizer=tokenizer, max_train_bytes=limit), World()
+    )
+    part = open_corpus(tmp_path / "part")
+    assert limit / 2 < part.num_bytes <= limit
+    assert {entry["name"] for entry in part.documents} < {entry["name"] for entry in whole.documents}
+    for split in ("tuning", "test", "heldout"):
+        files = result_of(tmp_path / "all" / split)
+        assert files and result_of(tmp_path / "part" / split) == files
+    left_out = read_corpus_manifest(tmp_path / "part").left_out
+    assert left_out["not sampled"] == len(list(whole.documents)) - len(list(part.documents))
+
+
 def test_the_survey_in_parts_is_the_whole(
     text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +192,7 @@ def test_a_killed_process_is_told(text_dir: Path, tmp_path: Path, monkeypatch: p
         ({"tuning_fraction": 0.9, "test_fraction": 0.2}, "must leave something"),
         ({"max_bytes": 1}, "--max-bytes 1 is less than each of"),
         ({"max_bytes": -1}, "--max-bytes must be above 0, not -1"),
+        ({"max_train_bytes": 1}, "--max-train-bytes 1 is less than each of .* leave it out for all of them"),
     ],
 )
 def test_wrong_inputs_leave_the_disk_untouched(
