@@ -145,14 +145,15 @@ def _trained_memories(report: Report, root: Path) -> list[_TrainedMemory]:
             )
         described = read_memory_description(memory / "weights" / "config.json")
         shape = MemoryConfig.from_dict(described.memory)
+        own = figures.parameters - evaluation.base.parameters
         # A head that stays as it is has no gradient of its own weights.
-        of_a_token = 6 * (figures.parameters - evaluation.base.parameters) + 4 * shape.num_shared_parameters()
+        token_operations = 6 * own + 4 * shape.num_shared_parameters()
         trained.append(
             _TrainedMemory(
                 name=name,
                 root=memory,
                 provenance=described.provenance,
-                operations=of_a_token * figures.tokens,
+                operations=token_operations * figures.tokens,
             )
         )
     return trained
