@@ -103,7 +103,7 @@ _STOPPED_EARLY = "with early stopping, for at most"
 MODELS: Mapping[str, ModelArm] = {
     CONTINUED: ModelArm(
         kind="continued",
-        description=f"the base trained on the same text, all weights, {_STOPPED_EARLY} the preset's epochs",
+        description=f"the base fine-tuned on the same text, all weights, {_STOPPED_EARLY} the preset's epochs",
     ),
     "continued_equal_time": ModelArm(
         kind="continued",
@@ -112,7 +112,7 @@ MODELS: Mapping[str, ModelArm] = {
             *("--schedule", "constant", "--epochs", "1000", "--warmup-fraction", "0.0005"),
         ),
         description=(
-            "the base trained on for the seconds of the memory and its keys, at a constant rate: how many"
+            "the base fine-tuned for the seconds of the memory and its keys, at a constant rate: how many"
             " steps fit is not known beforehand"
         ),
         is_of_equal_time=True,

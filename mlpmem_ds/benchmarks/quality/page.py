@@ -108,9 +108,10 @@ def render_page(
         "## In three minutes",
         _overview(results),
         paragraph(
-            "*Memory*: with its gate. *Both gated*: the base and the base trained on (where there is none, a"
-            " decoder of the size of base and memory) under a gate of the same kind, at the price of a whole"
-            " second model at every token."
+            "*Memory*: with its gate, which was fitted to other documents of both texts; the fine-tuned base"
+            " has seen nothing of the other text, and the search has one λ for all tokens. *Both gated*: the"
+            " base and the fine-tuned base (where there is none, a decoder of the size of base and memory)"
+            " under a gate of the same kind, at the price of a whole second model at every token."
         ),
         *_claims(results),
         *(
@@ -137,10 +138,10 @@ def _overview(results: Iterable[QualityResult]) -> str:
         "base",
         "kNN-LM",
         "memory",
-        "base trained on",
+        "fine-tuned base",
         "both gated",
         "other text: memory",
-        "other text: trained on",
+        "other text: fine-tuned",
         "other text: both gated",
     ]
     lines = []

@@ -158,7 +158,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(GATE, CONTINUED),
         goal=1.0,
         direction="at most",
-        meaning="perplexity with gated memory over that of the base trained on, stopped early",
+        meaning="perplexity with gated memory over that of the fine-tuned base",
     ),
     Ratio(
         name="memory_ppl_over_gated_ensemble",
