@@ -26,6 +26,7 @@ import torch
 from mlpmem_ds.core.errors import UserError, first_line
 from mlpmem_ds.engines.finite_scores import check_finite, refuse_overflow
 from mlpmem_ds.engines.tokenizer import TextEncoder, require_end
+from mlpmem_ds.models.left_padding import padded_on_the_left, reads_padding
 
 if TYPE_CHECKING:
     _Harness = Any
@@ -246,12 +247,8 @@ class _TextsByEncoder(_Harness):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         whole = self._encoder.encode_prompts(strings)
         rows = [self._cut(ids, left_truncate_len or len(ids)) for ids in whole]
-        num_tokens, padding = max(map(len, rows)), self.model.generation_config.pad_token_id
         assert padding_side == "left"
-        return (
-            torch.tensor([[padding] * (num_tokens - len(row)) + row for row in rows]),
-            torch.tensor([[0] * (num_tokens - len(row)) + [1] * len(row) for row in rows]),
-        )
+        return padded_on_the_left(rows, self.model.generation_config.pad_token_id, torch.device("cpu"))
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         ids = [tokens] if isinstance(tokens, int) else list(tokens)
@@ -290,7 +287,13 @@ class _TextsByEncoder(_Harness):
                     f" {self.max_length:,} with the question: leave the task out, or give one with a"
                     " smaller max_gen_toks"
                 )
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        size = self.batch_size_per_gpu
+        if size > 1 and reads_padding(self.model):
+            self.batch_size_per_gpu = 1
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = size
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **settings: Any) -> Any:
         found = super()._loglikelihood_tokens(requests, *args, **settings)

@@ -24,6 +24,7 @@ Read in this order; files marked * are copied into every export and import nothi
     hf*                the joint model: its forward, generation, saving and loading
     pretrained_memory* a trained memory that waits for its base
     generation_settings where generation stops, and the rows that it never takes
+    left_padding       prompts of several lengths in one batch, and the models that must not be padded
     quantized*         a memory with int8 matrices, for decoding
     quantized_base*    a base of 4 or 8 bits, whose memories and gate stay as they are
     mixture_on_device  the mixture of logits by Triton

@@ -17,6 +17,7 @@ from mlpmem_ds.engines import lm_eval as engine
 from mlpmem_ds.engines.lm_eval import encode_pair, load_tasks, score_tasks
 from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
 
+from ..joint_models import joint_that_reads_padding
 from ..lm_harness import leave_out_its_tasks, needs_harness
 from ..toy_tokenizers import KINDS
 
@@ -229,6 +230,32 @@ def test_answers_end_at_every_end_token(
     else:
         found = score_tasks(model, encoder_of("byte_level"), tasks, batch_size=2, context=CONTEXT)
         assert found["toy"]["exact_match,none"] == 0
+
+
+@needs_harness
+def test_a_base_that_would_read_the_padding_has_none(
+    ranking: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_of("byte_level")
+    joint = joint_that_reads_padding(encoder.vocab_size)
+    task = ranking(
+        *({"query": query, "gold": "x"} for query in ("the fox", "a", "the cat the dog")),
+        output_type="generate_until",
+        generation_kwargs={"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    task.pop("doc_to_choice")
+    lengths: list[int] = []
+    generate = joint.generate
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        lengths.append(int(settings["attention_mask"].sum(1).min()))
+        assert bool(settings["attention_mask"].all())
+        return generate(*args, **settings)
+
+    monkeypatch.setattr(joint, "generate", counted)
+    score_tasks(joint, encoder, load_tasks([task]), batch_size=2, context=CONTEXT)
+    assert len(lengths) == len(set(lengths)) == 3
 
 
 @needs_harness

@@ -28,6 +28,7 @@ from mlpmem_ds.models.generation_settings import (
     token_settings,
 )
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.left_padding import padded_on_the_left, reads_padding
 from mlpmem_ds.models.mixture import Constant, StoredGate
 from mlpmem_ds.models.quantized_base import bits_config
 from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
@@ -133,9 +134,12 @@ def continue_batch(
     """The new tokens of each prompt, without its end token; `model` is a MemoryAugmentedLM or any model with
     `generate`.
 
-    Prompts are padded on the left to one length. Only these settings count, not those of the model's own
-    file, from which transformers takes what is not given.
+    Prompts are padded on the left to one length; a model that would read the padding is given them one by
+    one. Only these settings count, not those of the model's own file, from which transformers takes what is
+    not given.
     """
+    if len(ids) > 1 and reads_padding(model):
+        return [continue_batch(model, [row], generation, streamer=streamer)[0] for row in ids]
     ends = end_tokens(generation.eos_token_id)
     tokens_BS, mask_BS = padded_on_the_left(ids, generation.pad_token_id, model.device)
     with own_settings(model, generation):
@@ -148,16 +152,6 @@ def continue_batch(
     rows: list[list[int]] = generated[:, tokens_BS.shape[1] :].tolist()
     stops = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
-
-
-def padded_on_the_left(
-    ids: Sequence[Sequence[int]], padding: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B, S], and 0 where they are padding [B, S]."""
-    length = max(map(len, ids))
-    tokens = [[padding] * (length - len(row)) + list(row) for row in ids]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in ids]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
 @contextlib.contextmanager

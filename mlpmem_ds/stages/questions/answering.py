@@ -6,6 +6,7 @@ batch of one. In a batch the answers are the same, but where rounding decides be
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from mlpmem_ds.engines.finite_scores import check_distributions, refuse_overflow
 from mlpmem_ds.engines.lm_eval import encode_pair
 from mlpmem_ds.engines.tokenizer import TextEncoder
 from mlpmem_ds.models.generation_settings import end_tokens
-from mlpmem_ds.stages.generation.generate import own_settings, padded_on_the_left
+from mlpmem_ds.models.left_padding import padded_on_the_left, reads_padding
+from mlpmem_ds.stages.generation.generate import own_settings
 from mlpmem_ds.stages.generation.text import text_after
 from mlpmem_ds.stages.questions.lengths import ContextLimit, fault_of_answers, too_long
 
@@ -42,6 +44,11 @@ class Answerer:
     @property
     def context_limit(self) -> ContextLimit:
         return ContextLimit(flag="--model", encoder=self.encoder, context=self.context)
+
+    @functools.cached_property
+    def reads_padding(self) -> bool:
+        """Whether prompts are answered one by one, because a batch would be padded."""
+        return reads_padding(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +79,16 @@ def answer(
 ) -> list[Answer]:
     """Go on with each prompt of a batch, greedily, to the first of these texts after one that is not blank.
 
-    The time to the first token is the batch's, and each answer has an equal share of its seconds.
+    The time to the first token is the batch's, and each answer has an equal share of its seconds; a model that
+    would read the padding of a batch answers one by one.
 
     Raises:
         UserError: the model reads too few tokens for a prompt and an answer, or says what is no number.
     """
     if fault := fault_of_answers(answerer.context_limit, max_new_tokens):
         raise UserError(fault)
+    if len(prompts) > 1 and answerer.reads_padding:
+        return [answer(answerer, [prompt], max_new_tokens, stops=stops)[0] for prompt in prompts]
     max_tokens = answerer.context - max_new_tokens
     whole = answerer.encoder.encode_prompts(list(prompts))
     ids = [cut_ids(row, max_tokens, answerer.encoder) for row in whole]

@@ -14,6 +14,8 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.stages.questions.answering import answer, score_choices
 from mlpmem_ds.stages.questions.arms import ready_answerer
 
+from ...joint_models import joint_that_reads_padding
+from ...toy_tokenizers import KINDS
 from ..conftest import save_export
 
 
@@ -31,3 +33,15 @@ def test_an_overflow_is_no_answer(base_dir: Path, corpus_dir: Path, tmp_path: Pa
         answer(answerer, ["for value"], 2)
     model.lmbda = 0.0
     assert len(score_choices(answerer, asked, batch=2)[0]) == len(answer(answerer, ["for value"] * 2, 2))
+
+
+def test_a_base_that_would_read_the_padding_has_none() -> None:
+    encoder = open_encoder(KINDS["byte_level"](), label="toy")
+    prompts = ["the fox", "a", "the cat the dog", "b"]
+    for base_alone in (False, True):
+        model = joint_that_reads_padding(encoder.vocab_size)
+        answerer = ready_answerer(model, encoder, base_alone=base_alone)
+        alone = [answer(answerer, [prompt], 8, stops=())[0] for prompt in prompts]
+        together = answer(answerer, prompts, 8, stops=())
+        assert [one.text for one in together] == [one.text for one in alone]
+        assert len({one.text for one in alone}) == len(prompts)
