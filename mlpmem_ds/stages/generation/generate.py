@@ -20,6 +20,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.chat_template import ChatEncoder, chat_template_of
 from mlpmem_ds.engines.devices import device_of_rank
+from mlpmem_ds.engines.finite_scores import refuse_overflow
 from mlpmem_ds.engines.tokenizer import TextEncoder, open_encoder
 from mlpmem_ds.formats.chats import Conversation
 from mlpmem_ds.models.generation_settings import (
@@ -146,6 +147,7 @@ def continue_batch(
         generated = model.generate(
             tokens_BS,
             attention_mask=mask_BS,
+            logits_processor=[refuse_overflow],
             generation_config=generation,
             **({"streamer": streamer} if streamer else {}),
         )

@@ -200,6 +200,20 @@ def test_prompts_from_a_file(tmp_path: Path, generate: Callable[..., str]) -> No
     assert generate("--prompts-file", path, *flags) == generate("--prompt", PROMPTS[0], PROMPTS[2], *flags)
 
 
+def test_an_overflow_is_no_text(export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = shutil.copytree(export_dir, tmp_path / "export")
+    model = MemoryAugmentedLM.from_pretrained(export)
+    with torch.no_grad():
+        model.memory.head.weight.fill_(torch.inf)
+    model.save_pretrained(export)
+    flags = ("--model", export, "--prompt", "in", "--max-new-tokens", 2)
+    for way in ([], ["--temperature", 0.8, "--top-p", 0.9], ["--num-beams", 2]):
+        assert run_front_end(*flags, *way) == 2, way
+        captured = capsys.readouterr()
+        assert captured.out == "" and "log-probabilities of the model are not finite" in captured.err
+    assert run_front_end(*flags, "--lambda", 0) == 0
+
+
 def test_a_setting_without_effect_is_said(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         run_front_end("--model", export_dir, "--prompt", "in", "--top-p", "0.5", "--max-new-tokens", "1") == 0
