@@ -303,6 +303,9 @@ class Step:
             if skip is not None:
                 logits = torch.where(skip[..., None], base_logits, logits)
             return logits, hidden
+        if bool(skip.all()):
+            width = memory.config.hidden_size
+            return base_logits, base_logits.new_full((*skip.shape, width), torch.nan, dtype=torch.float32)
         rows = ~skip
         hidden_RH = self._hidden(number, states, rows.to(states[input_name(number)].device))
         logits_RV = self._logits(memory, hidden_RH).to(device)

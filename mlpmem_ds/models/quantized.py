@@ -61,7 +61,7 @@ class Int8Linear(nn.Module):
             output_MN = functional.linear(rows_MK, weight_NK).float()
         if self.bias is not None:
             output_MN = output_MN + self.bias
-        output = output_MN.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        output = output_MN.to(inputs.dtype).view(*inputs.shape[:-1], output_MN.shape[-1])
         return output if self.transform is None else self.transform(output)
 
 

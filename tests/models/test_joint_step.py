@@ -117,6 +117,23 @@ def test_rows_below_the_threshold_are_the_bases_and_are_not_run(num_memories: in
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_memory_of_a_bank_that_is_left_out_is_not_run(is_int8: bool) -> None:
+    joint, ids_BS = tiny_joint("gpt2", num_memories=2), random_ids(1, 1)
+    if is_int8:
+        joint.quantize_memory()
+    base, _, other = parts(joint, ids_BS)
+    gate = ConfidencesGate(lmbdas=(0.1, 0.5))
+    joint.set_gate(gate)
+    rows = runs_of(joint)
+    joint.base_only_threshold = 0.3
+    found = joint(ids_BS).logits.double().log_softmax(-1)
+    assert rows == [] and (joint.base_only.runs, joint.base_only.skipped_runs) == (2, 1)
+    expected = log_mixture_of_bank(base, [base, other], torch.tensor((0.0, 0.5)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_memories_that_share_one_weight_are_cut_by_their_own_part_of_it() -> None:
     joint, ids_BS = tiny_joint("gpt2", 0.4, num_memories=2), random_ids()
     whole = joint(ids_BS).logits

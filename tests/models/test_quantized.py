@@ -39,6 +39,12 @@ def layer_of(num_inputs: int, *, bias: bool) -> nn.Linear:
     return layer
 
 
+@pytest.mark.parametrize("has_product", [True, False])
+def test_no_rows_give_no_rows(has_product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "_has_product", lambda device: has_product)
+    assert Int8Linear(layer_of(50, bias=True))(torch.zeros(0, 50)).shape == (0, 37)
+
+
 @pytest.mark.parametrize(("num_inputs", "bias"), [(24, True), (50, False), (64, True), (129, False)])
 def test_products_are_those_of_weights_rounded_by_rows(num_inputs: int, bias: bool) -> None:
     layer = layer_of(num_inputs, bias=bias)

@@ -79,8 +79,8 @@ def answer(
 ) -> list[Answer]:
     """Go on with each prompt of a batch, greedily, to the first of these texts after one that is not blank.
 
-    The time to the first token is the batch's, and each answer has an equal share of its seconds; a model that
-    would read the padding of a batch answers one by one.
+    The time to the first token is the batch's, and each answer has an equal share of its seconds. A model
+    that would read the padding of a batch answers one by one.
 
     Raises:
         UserError: the model reads too few tokens for a prompt and an answer, or says what is no number.
