@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlpmem_ds.core.blocks import split_blocks
@@ -421,3 +422,12 @@ def save_export(
     joint.save_pretrained(root)
     tokenizer.save_pretrained(root)
     return root
+
+
+def split_otherwise(model: Path) -> None:
+    """Let the model's tokenizer have its words, and cut texts by another rule before it looks for them."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    tokenizer.save_pretrained(model)

@@ -41,7 +41,7 @@ from mlpmem_ds.stages.harness.suite_results import TaskLines, read_lines, score_
 from mlpmem_ds.stages.harness.suites import Chosen, open_suites
 from mlpmem_ds.stages.harness.task_scores import chances
 from mlpmem_ds.stages.questions.answering import Answer, Answerer, answer
-from mlpmem_ds.stages.questions.arms import Reader
+from mlpmem_ds.stages.questions.arms import Reader, hash_tokenizers
 from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_passages
 
 _logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def run_suite(config: Config, world: World) -> str | None:
         config=config,
         inputs={
             **hashes,
+            **hash_tokenizers(limits),
             **inputs,
             **({} if corpus is None else {"passages": corpus.sha256}),
         },

@@ -33,7 +33,7 @@ from mlpmem_ds.formats.corpus import CorpusSplit, open_corpus
 from mlpmem_ds.formats.question_files import ABOVE_OPEN_QUESTIONS, Question, read_questions
 from mlpmem_ds.stages.questions.answer_scores import contains, exact_match, f1, short_answer
 from mlpmem_ds.stages.questions.answering import Answer, Answerer, Choice, answer, score_choices
-from mlpmem_ds.stages.questions.arms import Answerers, Arm, hash_models, list_arms
+from mlpmem_ds.stages.questions.arms import Answerers, Arm, hash_models, hash_tokenizers, list_arms
 from mlpmem_ds.stages.questions.config import Config, set_name
 from mlpmem_ds.stages.questions.lengths import check_questions
 from mlpmem_ds.stages.questions.passages import Passages, open_passages, write_passages
@@ -86,7 +86,12 @@ def run(config: Config, world: World) -> str | None:
         stage=AnswersManifest.FORMAT,
         version=AnswersManifest.VERSION,
         config=config,
-        inputs={**hashes, **inputs, **({} if corpus is None else {"passages": corpus.sha256})},
+        inputs={
+            **hashes,
+            **hash_tokenizers(limits),
+            **inputs,
+            **({} if corpus is None else {"passages": corpus.sha256}),
+        },
         world=world,
         resolved={"dtype": resolve_dtype(config.dtype, device)},
     )

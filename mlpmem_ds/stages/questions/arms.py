@@ -113,10 +113,16 @@ def is_export(model: str) -> bool:
 
 def hash_models(arms: Sequence[Reader]) -> dict[str, str]:
     """Name of an input → SHA-256, of each model once. Raises UserError for what is no model."""
-    return {
-        flag.removeprefix("--").replace(" ", "-"): fingerprint_model(model, flag=flag)
-        for model, flag in _flags_of(arms).items()
-    }
+    return {_input_of(flag): fingerprint_model(model, flag=flag) for model, flag in _flags_of(arms).items()}
+
+
+def hash_tokenizers(limits: Sequence[ContextLimit]) -> dict[str, str]:
+    """The same of the models' tokenizers: a model's own hash is of its weights."""
+    return {f"tokenizer-{_input_of(limit.flag)}": limit.encoder.documents_sha256 for limit in limits}
+
+
+def _input_of(flag: str) -> str:
+    return flag.removeprefix("--").replace(" ", "-")
 
 
 def _flags_of(arms: Sequence[Reader]) -> dict[str, str]:

@@ -12,13 +12,17 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.world import World
 from mlpmem_ds.models.generation_settings import end_tokens
 from mlpmem_ds.stages.generation import exported_model
+from mlpmem_ds.stages.harness import run_suite
 from mlpmem_ds.stages.harness.config import Config
 from mlpmem_ds.stages.harness.readers import Models, list_readers
 from mlpmem_ds.stages.questions import arms
 
-from ..conftest import save_export
+from ...lm_harness import needs_harness
+from ..conftest import save_export, split_otherwise
+from .conftest import local_files
 
 CPU = torch.device("cpu")
 
@@ -94,3 +98,26 @@ def test_the_base_with_passages_ends_where_base_and_memory_do(
     assert with_passages.model is joint.model.base
     assert 17 in end_tokens(with_passages.tokens["eos_token_id"])
     assert with_passages.tokens == joint.tokens
+
+
+@needs_harness
+@pytest.mark.parametrize("name", ["model", "control-other"])
+def test_a_suite_is_not_continued_with_another_tokenizer(
+    name: str, export_dir: Path, plain_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_suite._Suite, "score_all", lambda self: None)
+    (tmp_path / "data").mkdir()
+    local_files(tmp_path / "data")
+    model, control = (shutil.copytree(place, tmp_path / place.name) for place in (export_dir, plain_dir))
+    config = make_config(
+        model,
+        output=tmp_path / "out",
+        data=tmp_path / "data",
+        control=(f"other={control}",),
+        max_new_tokens=4,
+    )
+    for _ in range(2):
+        run_suite.run_suite(config, World())
+    split_otherwise({"model": model, "control-other": control}[name])
+    with pytest.raises(UserError, match=f"already holds another run .inputs.tokenizer-{name} was "):
+        run_suite.run_suite(config, World())

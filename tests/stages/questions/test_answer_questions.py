@@ -25,7 +25,7 @@ from mlpmem_ds.stages.questions.config import Config
 from mlpmem_ds.stages.questions.passages import cut_passages
 from mlpmem_ds.stages.questions.results import interval_of_change
 
-from ..conftest import save_export, write_lines
+from ..conftest import save_export, split_otherwise, write_lines
 
 OPEN = [{"question": f"what is {word}", "answer": [word, "value"]} for word in ("alpha", "beta", "gamma")]
 CHOICES = [
@@ -321,3 +321,16 @@ def test_lambdas_need_a_memory(models: Path, tmp_path: Path) -> None:
     config = make_config(models, tmp_path / "out", model=str(models / "other"), lambdas=("0.5",))
     with pytest.raises(UserError, match="--lambdas: --model .* has no memory"):
         answer_questions.run(config, World())
+
+
+@pytest.mark.parametrize("name", ["export", "other"])
+def test_a_run_is_not_continued_with_another_tokenizer(
+    name: str, finished: tuple[Path, str], models: Path, tmp_path: Path
+) -> None:
+    copies = shutil.copytree(models, tmp_path / "models")
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    answer_questions.run(make_config(copies, output), World())
+    split_otherwise(copies / name)
+    place = {"export": "model", "other": "control-other"}[name]
+    with pytest.raises(UserError, match=f"already holds another run .inputs.tokenizer-{place} was "):
+        answer_questions.run(make_config(copies, output), World())
