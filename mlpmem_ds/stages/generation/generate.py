@@ -92,10 +92,10 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
         [text_after(tokenizer, prompt, row) for prompt, row in zip(ids, found, strict=True)]
         for found in (*rows_of_base, rows)
     ]
-    if config.html is not None:
-        write_generated(config.html, model, tokenizer, ids, rows)
     if model.base_only_threshold is not None:
         _logger.info("%s", model.base_only)
+    if config.html is not None:
+        write_generated(config.html, model, tokenizer, ids, rows)
     if config.compare:
         header = ("base", f"base + memory, {gate}")
         blocks = [

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.joint_step import BaseOnly
 from mlpmem_ds.models.mixture import Constant, StoredGate, Weights
 from mlpmem_ds.stages.generation.text import GrowingText
 
@@ -64,13 +65,14 @@ def views_of(
     """The tokens of a text after the first `num_context`, which are read only.
 
     Args:
-        model: its gate is as before afterwards.
+        model: its gate is as before afterwards, and its counts (`base_only`) too.
         tokenizer: of the ids.
         ids: at most as many as the base reads.
         num_context: tokens at the beginning that are not shown, such as a begin token.
         num_top: how many likely tokens of each.
     """
-    gate, lmbda = model.gate, model.config.lmbda
+    gate, lmbda, counts = model.gate, model.config.lmbda, model.base_only
+    model.base_only = BaseOnly()
     try:
         joint_SV = _probabilities(model, gate, ids)
         base_SV = _probabilities(model, Constant(0.0), ids)
@@ -78,6 +80,7 @@ def views_of(
     finally:
         model.set_gate(gate)
         model.config.lmbda = lmbda
+        model.base_only = counts
     text = GrowingText(tokenizer, ids[:num_context])
     views = []
     for place in range(num_context, len(ids)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ def test_the_views_are_what_the_parts_say(export_dir: Path) -> None:
         best = [tokenizer.decode([int(best)]) for best in np.argsort(-memory_V)[:3]]
         assert [candidate.text for candidate in opinion.memory_top] == best
     assert model.gate == Constant(LAMBDA) and model.config.lmbda == LAMBDA
+
+
+def test_what_is_only_looked_at_is_not_counted(export_dir: Path) -> None:
+    model = MemoryAugmentedLM.from_pretrained(export_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    model.base_only_threshold = 1.0
+    model(torch.tensor([[5, 6, 7]]))
+    before = copy.copy(model.base_only)
+    views_of(model, tokenizer, [5, 6, 7])
+    assert model.base_only == before and before.skipped_rows == 3
 
 
 def test_context_is_read_and_not_shown(export_dir: Path) -> None:
