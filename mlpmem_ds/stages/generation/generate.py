@@ -52,8 +52,8 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     """The prompts with their continuations, as text for a terminal.
 
     Args:
-        write: receives the pieces of the one text if `--stream` is given; the returned text is whole in any
-            case.
+        write: receives what is returned, and a line end: with `--stream` in pieces as they are generated,
+            else at once.
 
     Raises:
         UserError: the model, its parts or the prompts are not there, or do not fit each other.
@@ -94,35 +94,24 @@ def run(config: Config, world: World, *, write: Callable[[str], object] | None =
     ]
     if model.base_only_threshold is not None:
         _logger.info("%s", model.base_only)
-    if config.html is not None:
-        write_generated(config.html, model, tokenizer, ids, rows)
-    if config.compare:
-        header = ("base", f"base + memory, {gate}")
-        blocks = [
-            f"{prompt}\n\n{side_by_side(header, pair)}"
-            for prompt, *pair in zip(prompts, *texts_of_base, texts, strict=True)
-        ]
-    else:
-        blocks = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    if len(blocks) == 1:
-        return blocks[0]
-    return "\n\n".join(
-        f"[{number} of {len(blocks)}]\n{block}" for number, block in enumerate(blocks, start=1)
-    )
+    shown = _shown(config, gate, prompts, texts_of_base, texts)
+    try:
+        if write is not None:
+            write("\n" if config.stream else f"{shown}\n")
+    finally:  # an error of the one does not take the other
+        if config.html is not None:
+            write_generated(config.html, model, tokenizer, ids, rows)
+    return shown
 
 
-def run_on_terminal(config: Config, world: World) -> str | None:
-    """As `run`; with `--stream` the text is on standard output when this returns, and None is given."""
-    if not config.stream:
-        return run(config, world)
+def run_on_terminal(config: Config, world: World) -> None:
+    """As `run`; the text goes to standard output, before the page of `--html` is made."""
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     run(config, world, write=write)
-    write("\n")
-    return None
 
 
 def continue_batch(
@@ -164,6 +153,28 @@ def own_settings(model: Any, generation: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+def _shown(
+    config: Config,
+    gate: StoredGate,
+    prompts: Sequence[str],
+    texts_of_base: Sequence[Sequence[str]],
+    texts: Sequence[str],
+) -> str:
+    if config.compare:
+        header = ("base", f"base + memory, {gate}")
+        blocks = [
+            f"{prompt}\n\n{side_by_side(header, pair)}"
+            for prompt, *pair in zip(prompts, *texts_of_base, texts, strict=True)
+        ]
+    else:
+        blocks = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    if len(blocks) == 1:
+        return blocks[0]
+    return "\n\n".join(
+        f"[{number} of {len(blocks)}]\n{block}" for number, block in enumerate(blocks, start=1)
+    )
 
 
 def _load(config: Config, source: Source, world: World) -> MemoryAugmentedLM:

@@ -4,7 +4,10 @@ The joint model is asked through its public forward alone, once with each weight
 weight on one memory gives that memory, its own gate the mixture. The weights of the gate are then what makes
 the first the last: λ of p = p_base + Σ λ_m (p_m - p_base), by least squares over the vocabulary.
 
-S tokens, V vocabulary, M memories.
+Long texts are looked at in blocks, of which each needs passes over the whole text: the probabilities of all
+their positions would be many GB.
+
+S tokens, T of them in a block, V vocabulary, M memories.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.joint_step import BaseOnly
 from mlpmem_ds.models.mixture import Constant, StoredGate, Weights
 from mlpmem_ds.stages.generation.text import GrowingText
+
+_HELD_PROBABILITIES = 2**27
+"""of base, mixture and memories at once, 8 bytes each"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +77,16 @@ def views_of(
         num_context: tokens at the beginning that are not shown, such as a begin token.
         num_top: how many likely tokens of each.
     """
+    first = max(num_context, 1)  # nothing predicts the first token of a text
+    models = 2 + len(model.memories)  # base, mixture, memories
+    size = max(_HELD_PROBABILITIES // (models * model.memory.config.vocab_size), 1)
+    opinions: list[Opinion] = []
     gate, lmbda, counts = model.gate, model.config.lmbda, model.base_only
     model.base_only = BaseOnly()
     try:
-        joint_SV = _probabilities(model, gate, ids)
-        base_SV = _probabilities(model, Constant(0.0), ids)
-        memories_MSV = [_probabilities(model, each, ids) for each in _one_at_a_time(len(model.memories))]
+        for start in range(first, len(ids), size):
+            block = range(start, min(start + size, len(ids)))
+            opinions += _opinions(model, gate, tokenizer, ids, block, num_top)
     finally:
         model.set_gate(gate)
         model.config.lmbda = lmbda
@@ -87,12 +97,25 @@ def views_of(
         piece = text.add(ids[place])
         if place == len(ids) - 1:
             piece += text.finish()
-        opinion = None
-        if place:
-            rows = [rows_SV[place - 1] for rows_SV in memories_MSV]
-            opinion = _opinion(tokenizer, ids[place], base_SV[place - 1], rows, joint_SV[place - 1], num_top)
-        views.append(TokenView(text=piece, opinion=opinion))
+        views.append(TokenView(text=piece, opinion=opinions[place - first] if place else None))
     return views
+
+
+def _opinions(
+    model: MemoryAugmentedLM,
+    gate: StoredGate,
+    tokenizer: Any,
+    ids: Sequence[int],
+    places: range,
+    num_top: int,
+) -> list[Opinion]:
+    """On the tokens at these places of a text."""
+    gates = (Constant(0.0), gate, *_one_at_a_time(len(model.memories)))
+    base_TV, joint_TV, *memories_MTV = (_probabilities(model, each, ids, places) for each in gates)
+    return [
+        _opinion(tokenizer, ids[place], base_V, memories_MV, joint_V, num_top)
+        for place, base_V, joint_V, *memories_MV in zip(places, base_TV, joint_TV, *memories_MTV, strict=True)
+    ]
 
 
 def _one_at_a_time(num_memories: int) -> list[StoredGate]:
@@ -101,12 +124,16 @@ def _one_at_a_time(num_memories: int) -> list[StoredGate]:
     return [Weights(tuple(row)) for row in np.eye(num_memories).tolist()]
 
 
-def _probabilities(model: MemoryAugmentedLM, gate: StoredGate, ids: Sequence[int]) -> np.ndarray:
-    """p of each next token, float64 [S, V]."""
+def _probabilities(
+    model: MemoryAugmentedLM, gate: StoredGate, ids: Sequence[int], places: range
+) -> np.ndarray:
+    """p of every token at these places of a text, float64 [T, V]."""
     model.set_gate(gate)
-    logits_BSV = model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits
-    probabilities_SV: np.ndarray = torch.softmax(logits_BSV[0].double(), dim=-1).cpu().numpy()
-    return probabilities_SV
+    before = torch.arange(places.start - 1, places.stop - 1, device=model.device)
+    ids_BS = torch.tensor([list(ids)], device=model.device)
+    logits_BTV = model(ids_BS, use_cache=False, logits_to_keep=before).logits
+    probabilities_TV: np.ndarray = torch.softmax(logits_BTV[0].double(), dim=-1).cpu().numpy()
+    return probabilities_TV
 
 
 def _opinion(

@@ -14,6 +14,7 @@ from mlpmem_ds.models.backbone import capture
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.hf import MemoryAugmentedLM
 from mlpmem_ds.models.mixture import Constant
+from mlpmem_ds.stages.viewing import token_views
 from mlpmem_ds.stages.viewing.token_views import mixture_weights, views_of
 
 from .conftest import LAMBDA
@@ -45,6 +46,36 @@ def test_the_views_are_what_the_parts_say(export_dir: Path) -> None:
         best = [tokenizer.decode([int(best)]) for best in np.argsort(-memory_V)[:3]]
         assert [candidate.text for candidate in opinion.memory_top] == best
     assert model.gate == Constant(LAMBDA) and model.config.lmbda == LAMBDA
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("num_context", [0, 3])
+def test_blocks_of_a_long_text_say_the_same(
+    size: int, num_context: int, export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MemoryAugmentedLM.from_pretrained(export_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    ids = tokenizer(TEXT)["input_ids"]
+    whole = views_of(model, tokenizer, ids, num_context=num_context)
+    counts: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: counts.append(len(given["logits_to_keep"])), with_kwargs=True
+    )
+    monkeypatch.setattr(token_views, "_HELD_PROBABILITIES", 3 * 300 * size + 2)
+    blocks = views_of(model, tokenizer, ids, num_context=num_context)
+    assert max(counts) == size and sum(counts) == 3 * (len(ids) - max(num_context, 1))
+    assert [view.text for view in blocks] == [view.text for view in whole]
+    for one, other in zip(blocks, whole, strict=True):
+        assert (one.opinion is None) == (other.opinion is None)
+        if one.opinion is not None and other.opinion is not None:
+            found, expected = (
+                [each.base, each.memory, each.joint, each.weight] for each in (one.opinion, other.opinion)
+            )
+            assert found == pytest.approx(expected, rel=1e-4)
+            assert one.opinion.base_is_right == other.opinion.base_is_right
+            assert [top.text for top in one.opinion.memory_top] == [
+                top.text for top in other.opinion.memory_top
+            ]
 
 
 def test_what_is_only_looked_at_is_not_counted(export_dir: Path) -> None:
