@@ -212,6 +212,8 @@ def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
 class _TextsByEncoder(_Harness):
     """Over the harness's HFLM, which is imported late: its texts are encoded by a TextEncoder."""
 
+    batch_size_per_gpu: int
+
     def __init__(self, model: Any, encoder: TextEncoder, batch_size: int, context: int | None) -> None:
         self._encoder, self._begins = encoder, True
         encoder.tokenizer.pad_token_id = model.generation_config.pad_token_id
