@@ -103,7 +103,9 @@ _STOPPED_EARLY = "with early stopping, for at most"
 MODELS: Mapping[str, ModelArm] = {
     CONTINUED: ModelArm(
         kind="continued",
-        description=f"the base fine-tuned on the same text, all weights, {_STOPPED_EARLY} the preset's epochs",
+        description=(
+            f"the base fine-tuned on the same text, all weights, {_STOPPED_EARLY} the preset's epochs"
+        ),
     ),
     "continued_equal_time": ModelArm(
         kind="continued",
