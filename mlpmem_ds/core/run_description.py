@@ -76,6 +76,21 @@ def settle_identity(output: Path, identity: Mapping[str, Any], *, defaults: Mapp
     publish_json(path, identity, seal=True)
 
 
+def resolved_at_start(output: Path, flag: str) -> Any:
+    """What a stage made of a flag (of `auto`) when the output was first started, maybe on another machine.
+
+    None where no run was begun there, or its identity cannot be read, which `settle_identity` judges.
+    """
+    with contextlib.suppress(DamagedDataError):
+        return read_sealed_json(output / "identity.json").get("config", {}).get(flag)
+    return None
+
+
+def reason_of_start(now: str) -> str:
+    """Why a choice is the one of `resolved_at_start` and not what it would be now, in words."""
+    return f"chosen when this run was first started; now it would be {now}"
+
+
 def has_records(output: Path) -> bool:
     """Whether units were finished: then a run was begun, whether or not its identity can be read."""
     return next(_record_paths(output), None) is not None

@@ -17,6 +17,8 @@ from mlpmem_ds.core.run_description import (
     find_input,
     flags_of_run,
     read_description,
+    reason_of_start,
+    resolved_at_start,
     settle_identity,
     withdraw,
 )
@@ -78,6 +80,18 @@ def test_a_damaged_identity_is_written_anew_only_if_no_unit_of_another_run_is_th
     publish_json(tmp_path / "run" / "done" / "unit.json", {"identity": "0" * 64}, seal=True)
     with pytest.raises(DamagedDataError, match="remove .* to start anew"):
         settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+
+
+def test_what_a_flag_became_is_read_from_a_whole_identity_alone(tmp_path: Path) -> None:
+    assert resolved_at_start(tmp_path / "run", "block_size") is None
+    settle_identity(tmp_path / "run", IDENTITY, defaults=DEFAULTS)
+    assert resolved_at_start(tmp_path / "run", "block_size") == 8
+    assert resolved_at_start(tmp_path / "run", "other") is None
+    path = tmp_path / "run" / "identity.json"
+    assert resolved_at_start(path, "block_size") is None
+    path.write_bytes(path.read_bytes()[:20])
+    assert resolved_at_start(tmp_path / "run", "block_size") is None
+    assert "first started; now it would be 9" in reason_of_start("9")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import read_json_object
 from mlpmem_ds.core.log import Progress
+from mlpmem_ds.core.run_description import reason_of_start, resolved_at_start
 from mlpmem_ds.core.stage_directory import open_stage
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.verified_inputs import verify_inputs
@@ -126,9 +125,9 @@ def _resolve(config: Config, keys: Keys) -> tuple[str, int]:
     why, and what it will cost."""
     factory, reason = resolve_factory(config.factory, keys.num_positions, keys.dim, _memory_bytes())
     if config.factory != factory:
-        started = _factory_of_started_run(config.output)
-        if started and started != factory and has_codes(started) == has_codes(factory):
-            factory, reason = started, f"chosen when this run was first started; now it would be {factory}"
+        started = resolved_at_start(config.output, "factory")
+        if isinstance(started, str) and started != factory and has_codes(started) == has_codes(factory):
+            factory, reason = started, reason_of_start(factory)
     try:
         index = make_index(factory, keys.dim, keys.num_positions)
     except ValueError as error:
@@ -151,16 +150,6 @@ def _resolve(config: Config, keys: Keys) -> tuple[str, int]:
         2 * keys.num_positions * index.num_lists * keys.dim / (_OPERATIONS_PER_SECOND * cores),
     )
     return factory, num_shards
-
-
-def _factory_of_started_run(output: Path) -> str | None:
-    """What `auto` became when the output was started, maybe on a machine with other memory."""
-    path = output / "identity.json"
-    if not path.is_file():
-        return None
-    config = read_json_object(path).get("config", {})
-    factory = config.get("factory")
-    return factory if isinstance(factory, str) else None
 
 
 def _memory_bytes() -> int:

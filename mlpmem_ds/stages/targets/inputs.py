@@ -16,6 +16,7 @@ import torch
 
 from mlpmem_ds.core.dealing import Dealer
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.run_description import reason_of_start, resolved_at_start
 from mlpmem_ds.core.unit_writer import UnitWriter
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.devices import device_of_rank, memory_bytes
@@ -110,11 +111,7 @@ def open_inputs(config: Config, world: World, dealer: Dealer | None = None) -> I
 
 def _open_index(config: Config, keys: Keys, device: torch.device) -> IndexDirectory | None:
     """The index that is searched, which must be over these keys; None where all keys are compared."""
-    search = config.search
-    if search == "auto":
-        key_bytes = keys.bytes_of("keys") // keys.num_positions
-        limit = max_keys_for_exact(device.type, key_bytes, memory_bytes(device))
-        search = "exact" if keys.num_positions <= limit else "ivf"
+    search = _automatic_search(config, keys, device) if config.search == "auto" else config.search
     if search == "exact":
         if config.index is not None:
             _logger.info("exact search of %s keys leaves --index unused", f"{keys.num_positions:,}")
@@ -130,6 +127,18 @@ def _open_index(config: Config, keys: Keys, device: torch.device) -> IndexDirect
             f"--index {config.index} was built over other keys than --keys {config.keys}: build it over these"
         )
     return index
+
+
+def _automatic_search(config: Config, keys: Keys, device: torch.device) -> str:
+    """What `--search auto` is: as the output was begun, else by the number of keys on this device."""
+    key_bytes = keys.bytes_of("keys") // keys.num_positions
+    limit = max_keys_for_exact(device.type, key_bytes, memory_bytes(device))
+    now = "exact" if keys.num_positions <= limit else "ivf"
+    started = resolved_at_start(config.output, "search")
+    if started not in ("exact", "ivf") or started == now:
+        return now
+    _logger.info("search %s (%s)", started, reason_of_start(now))
+    return str(started)
 
 
 def _read_documents(config: Config, keys: Keys) -> tuple[CountedRows | None, dict[str, str]]:

@@ -210,6 +210,16 @@ def test_automatic_factory_is_kept_on_a_machine_with_other_memory(
     assert "when this run was first started" in caplog.text
 
 
+def test_a_damaged_identity_of_an_automatic_factory_is_written_anew(keys_dir: Path, tmp_path: Path) -> None:
+    automatic = config(keys_dir, tmp_path / "index", factory="auto")
+    build_index.run(automatic, World())
+    path = automatic.output / "identity.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    build_index.run(automatic, World())
+    assert path.read_bytes() == whole
+
+
 def test_automatic_factory_of_a_tiny_corpus(make_keys: Callable[..., Path], tmp_path: Path) -> None:
     keys = make_keys(tmp_path / "keys", vectors()[:300], np.zeros(300, int))
     build_index.run(config(keys, tmp_path / "index", factory="auto"), World())

@@ -15,6 +15,7 @@ from mlpmem_ds.engines.faiss import Index
 from mlpmem_ds.formats.corpus import open_corpus
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.targets import open_targets
+from mlpmem_ds.maths.exact_limit import MAX_KEYS_FOR_EXACT
 from mlpmem_ds.maths.sparse_rows import SparseRows
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.targets import units, write_targets
@@ -275,6 +276,31 @@ def test_raw_keys_find_the_neighbours_of_the_oracle(make_keys: Callable[..., Pat
             mass=0.9,
             scale=1,
         )
+
+
+@pytest.mark.parametrize(("started", "most", "now"), [("exact", 10**6, 10), ("ivf", 10, 10**6)])
+def test_an_automatic_search_goes_on_as_it_was_begun_on_a_machine_with_another_device(
+    keys: Path,
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    started: str,
+    most: int,
+    now: int,
+) -> None:
+    automatic = config(keys, tmp_path / "targets", index=index)
+    monkeypatch.setitem(MAX_KEYS_FOR_EXACT, "cpu", most)
+    write_targets.run(automatic, World())
+    before = result_of(automatic.output)
+    assert open_targets(automatic.output).manifest.search == started
+    (automatic.output / "manifest.json").unlink()
+    min(automatic.output.glob("knn-*.tar*")).unlink()
+    monkeypatch.setitem(MAX_KEYS_FOR_EXACT, "cpu", now)
+    with caplog.at_level("INFO", logger="mlpmem_ds"):
+        write_targets.run(automatic, World())
+    assert result_of(automatic.output) == before
+    assert f"search {started} (chosen when this run was first started" in caplog.text
 
 
 @pytest.mark.parametrize(("k", "wanted"), [(1024, 100.0), (200, 100.0), (64, 32.0), (3, 1.5), (2, 1.5)])

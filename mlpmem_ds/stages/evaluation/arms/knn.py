@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import read_json
+from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.run_description import resolved_at_start
 from mlpmem_ds.core.stage_directory import StageDirectory
 from mlpmem_ds.engines.devices import free_host_bytes, memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit
@@ -266,15 +264,8 @@ def _is_exact(config: Config, datastore: Datastore, context: Context) -> bool:
     little time."""
     if config.exact is not None:
         return config.exact
-    begun = _exact_of_report(config.output)
-    return _takes_little_time(datastore, context) if begun is None else begun
-
-
-def _exact_of_report(output: Path) -> bool | None:
-    """Whether the report that was begun has the exact search; None where there is none."""
-    with suppress(DamagedDataError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
-        return bool(read_json(output / "identity.json")["config"]["exact"])
-    return None
+    begun = resolved_at_start(config.output, "exact")
+    return begun if isinstance(begun, bool) else _takes_little_time(datastore, context)
 
 
 def _takes_little_time(datastore: Datastore, context: Context) -> bool:
