@@ -96,6 +96,40 @@ def test_joined_shards_hold_the_lists_of_all(shards: list[Index]) -> None:
         assert np.array_equal(ids[offsets[number] : offsets[number + 1]], np.flatnonzero(nearest == number))
 
 
+@pytest.mark.parametrize("factory", ["IVF8,PQ3x4", "OPQ3,IVF8,PQ3x4", "IVF8,PQ6x4fsr", "IVF8,Flat"])
+def test_shards_that_were_read_search_by_one_table(factory: str, tmp_path: Path) -> None:
+    """faiss alone makes a table for each file that it reads."""
+    parts = copies(trained(factory), 3)
+    for number, part in enumerate(parts):
+        part.fill(codes()[number::3], np.arange(number, NUM_VECTORS, 3))
+        part.write(tmp_path / str(number))
+    queries = codes(40, seed=9)
+    stock = [faiss.read_index(str(tmp_path / str(number))) for number in range(3)]
+    expected = Index.join(map(Index, stock)).search(queries, 20, 3)
+    shards = [Index.read(tmp_path / str(number)) for number in range(3)]
+    if not factory.endswith("fsr"):  # of which faiss makes one whether or not it is asked to
+        assert [table_bytes_in(shard) for shard in shards] == [0, 0, 0]
+    joined = Index.join(iter(shards))
+    joined.prepare_search()
+    assert table_bytes_in(joined) == joined.table_bytes == Index.make(factory, DIM).table_bytes
+    assert (joined.table_bytes > 0) == ("PQ" in factory)
+    for found, wanted in zip(joined.search(queries, 20, 3), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def table_bytes_in(index: Index) -> int:
+    table = getattr(faiss.downcast_index(faiss.extract_index_ivf(index.raw)), "precomputed_table", None)
+    return 0 if table is None else 4 * table.size()
+
+
+def test_no_table_is_counted_where_faiss_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = filled("IVF8,PQ3x4")
+    assert index.table_bytes == 8 * 3 * 16 * 4
+    monkeypatch.setattr(faiss.cvar, "precomputed_table_max_bytes", 1000)
+    index.prepare_search()
+    assert table_bytes_in(index) == index.table_bytes == 0
+
+
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "PCA8,IVF32,PQ4x4", "OPQ3,IVF32,PQ3x4", "IVF32,SQ8"])
 def test_two_levels_of_lists(factory: str) -> None:
     """Trained in two levels every index finds a code by probing its nearest lists, whatever stands before

@@ -80,7 +80,13 @@ def open_inputs(config: Config, world: World) -> Inputs:
     device = device_of_rank(config.device, world)
     shared = shared_place(config.output, world)
     base = open_base(config, texts, layers_path=find_layers_path(config), device=device, shared=shared)
-    context = Context(base=base, texts=texts, num_positions=num_positions, shared=shared)
+    context = Context(
+        base=base,
+        texts=texts,
+        num_positions=num_positions,
+        shared=shared,
+        ranks_of_host=world.local_size or 1,
+    )
     opened = [arm for opener in OPENERS for arm in opener(config, context)]
     arms = _with_different_names([base, *opened])
     refuse_training_text(splits, arms)

@@ -93,7 +93,7 @@ def _build(config: Config, world: World, keys: Keys, factory: str, num_shards: i
     )
 
     def fill(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
-        index = Index.read(config.output / TRAINED_NAME, for_search=False, device=device)
+        index = Index.read(config.output / TRAINED_NAME, device=device)
         shard = shards.index(unit)
         blocks = blocks_of_shard(keys.blocks, shard, num_shards)
         write = _write_shard if has_codes(factory) else _write_lists

@@ -1,8 +1,8 @@
 """Index search: what faiss finds by its own codes, in the order of the distances to the stored keys.
 
 The distances of product-quantized codes alone would cost .04 to .19 of total variation in a kNN distribution;
-those of the keys, of the same candidates, .007 to .011. The index is held in memory (codes and ids), the keys
-are not.
+those of the keys, of the same candidates, .007 to .011. The index is held in memory (codes, ids and the
+table of distances between centroids and code words), the keys are not.
 
 N keys, Q queries, D numbers in a key, K neighbours.
 """
@@ -63,7 +63,14 @@ class IndexSearch:
     def _index(self) -> Index:
         if self._threads is not None:
             set_num_threads(self._threads)
-        index = Index.join([Index.read(path, device=self._device) for path in self._directory.shard_paths])
+        index = Index.join(Index.read(path, device=self._device) for path in self._directory.shard_paths)
         if len(self._keys_ND) < self._directory.num_vectors:
             index.keep_first(len(self._keys_ND))
+        index.prepare_search()
         return index
+
+
+def bytes_in_memory(index: IndexDirectory, dim: int) -> int:
+    """What a search of an index over keys of D numbers holds: what is in its files, and the table that faiss
+    makes of them."""
+    return index.num_bytes + Index.make(index.factory, dim).table_bytes

@@ -125,7 +125,7 @@ class ListSearch:
         if self._threads is not None:
             set_num_threads(self._threads)
         self._index.check(TRAINED_NAME)
-        return Index.read(self._index.trained_path, for_search=False, device=self.device)
+        return Index.read(self._index.trained_path, device=self.device)
 
     @cached_property
     def _shards(self) -> list[ShardLists]:

@@ -62,6 +62,8 @@ class Context:
     """that will be scored"""
     shared: Path | None
     """where several ranks keep the fingerprints of models, each computed by one of them"""
+    ranks_of_host: int = 1
+    """that share its memory, as far as the launcher says"""
 
     @property
     def corpus(self) -> CorpusSplit:

@@ -86,6 +86,8 @@ class KnnArm(Arm):
         )
 
     def at_size(self, size: int) -> KnnArm:
+        if size == self.vote.keys.num_positions:
+            return self
         return replace(self, scorer=replace(self.scorer, search=self.open_search(size)))
 
 
@@ -100,7 +102,9 @@ def open_arms(config: Config, context: Context) -> list[KnnArm]:
     if is_exact := _is_exact(config, datastore, context):
         arms.append(_open_exact(vote, base))
     if datastore.index is not None:
-        arms.append(_open_indexed(vote, datastore.index, base, nprobe=config.nprobe))
+        arms.append(arm := _open_indexed(vote, datastore.index, base, nprobe=config.nprobe))
+        measures_fewer = config.speed_positions is not None and arm.sizes[0] < vote.keys.num_positions
+        _require_memory(datastore.index, vote.keys, context.ranks_of_host, measures_fewer=measures_fewer)
     return [replace(arm, resolved={**arm.resolved, "exact": is_exact}) for arm in arms]
 
 
@@ -145,13 +149,6 @@ def _open_exact(vote: Vote, base: ModelArm) -> KnnArm:
 
 
 def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: int) -> KnnArm:
-    """Raises UserError where this host cannot hold the index."""
-    if (needed := index.num_bytes) > (free := free_host_bytes()):
-        raise UserError(
-            f"--index {index.root} is {needed / 1e9:.1f} GB, which each rank holds in memory, and"
-            f" {free / 1e9:.1f} GB are free here: leave --index out, or take a host with more memory"
-        )
-
     def search(num_keys: int | None) -> NeighbourSearch:
         return open_search(
             vote.keys,
@@ -170,6 +167,28 @@ def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: 
     settings = {"nprobe": nprobe, "index_factory": index.factory}
     arm = _open_arm(KNN_IVFPQ, "other", vote, search, base, index=index, how=how, settings=settings)
     return replace(arm, resolved={**arm.resolved, "nprobe": nprobe})
+
+
+def _require_memory(index: IndexDirectory, keys: Keys, num_ranks: int, *, measures_fewer: bool) -> None:
+    """Refuse an index that this host cannot hold in each of its ranks and, where speed is measured at fewer
+    keys, once more in the one that does that.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    from mlpmem_ds.stages.retrieval.index_search import bytes_in_memory  # loads faiss, as the search does
+
+    each, free = bytes_in_memory(index, keys.dim), free_host_bytes()
+    copies = num_ranks + measures_fewer
+    if copies * each <= free:
+        return
+    several = f" ({copies} times here{', with that of --speed-positions' if measures_fewer else ''})"
+    raise UserError(
+        f"--index {index.root} is {each / 1e9:.1f} GB, which each rank holds in memory"
+        f"{several if copies > 1 else ''}, and {free / 1e9:.1f} GB are free here: leave --index out,"
+        f"{' give --speed-positions none,' if measures_fewer else ''}"
+        f"{' start fewer ranks on a host,' if num_ranks > 1 else ''} or take a host with more memory"
+    )
 
 
 def _open_arm(

@@ -17,6 +17,7 @@ from mlpmem_ds.core import files, verified_inputs
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.corpus import open_corpus
+from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.maths.knn import Neighbours
 from mlpmem_ds.maths.rescoring import rescore
@@ -26,6 +27,7 @@ from mlpmem_ds.stages.evaluation.arms import knn
 from mlpmem_ds.stages.evaluation.config import Config
 from mlpmem_ds.stages.evaluation.inputs import open_inputs
 from mlpmem_ds.stages.index import build_index
+from mlpmem_ds.stages.retrieval.index_search import bytes_in_memory
 from mlpmem_ds.stages.retrieval.knn_scorer import TEMPERATURE_FACTORS
 
 from ..conftest import (
@@ -180,10 +182,36 @@ def test_an_index_that_no_host_holds_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """That of 5e9 keys is 360 GB: the system would end the rank, without a word."""
-    index: Any = SimpleNamespace(num_bytes=360 * 10**9, root=Path("run/index"))
-    monkeypatch.setattr(knn, "free_host_bytes", lambda: 200 * 10**9)
-    with pytest.raises(UserError, match=r"--index run/index is 360\.0 GB.* 200\.0 GB are free here: leave"):
-        knn._open_indexed(None, index, None, nprobe=32)  # type: ignore[arg-type]
+    index: Any = SimpleNamespace(num_bytes=360 * 10**9, root=Path("run/index"), factory="IVF1024,PQ64")
+    keys: Any = SimpleNamespace(dim=256)
+    each = index.num_bytes + 1024 * 64 * 256 * 4  # with faiss's table
+    for free, num_ranks, measures_fewer, words in (
+        (index.num_bytes, 1, False, r"360\.1 GB, which each rank holds in memory, and 360\.0 GB are free"),
+        (each, 1, True, r"\(2 times here, with that of --speed-positions\).* --speed-positions none, or"),
+        (each * 3 // 2, 2, False, r"\(2 times here\), and .*leave --index out, start fewer ranks on a host"),
+        (each * 2, 2, True, r"\(3 times here.*none, start fewer ranks on a host, or take a host with"),
+    ):
+        monkeypatch.setattr(knn, "free_host_bytes", lambda free=free: free)
+        with pytest.raises(UserError, match=rf"--index run/index is .*{words}"):
+            knn._require_memory(index, keys, num_ranks, measures_fewer=measures_fewer)
+        enough = each * (num_ranks + measures_fewer)
+        monkeypatch.setattr(knn, "free_host_bytes", lambda enough=enough: enough)
+        knn._require_memory(index, keys, num_ranks, measures_fewer=measures_fewer)
+
+
+def test_each_rank_of_a_host_counts_for_the_memory_that_an_index_takes(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.index is not None
+    size = bytes_in_memory(open_index(config.index), open_keys(config.keys).dim)
+    monkeypatch.setattr(knn, "free_host_bytes", lambda: size * 3 // 2)
+    world = World(rank=0, size=2, local_size=2)
+    alone = replace(config, speed_positions=None)
+    assert "base+knn_ivfpq" in {arm.name for arm in open_inputs(alone, World()).arms}
+    for settings, ranks in ((config, World()), (alone, world)):
+        with pytest.raises(UserError, match=r"\(2 times here"):
+            open_inputs(settings, ranks)
+    assert not (config.output / "identity.json").exists()
 
 
 def test_each_file_of_the_datastore_is_compared_once_over_all_ranks_and_starts(
