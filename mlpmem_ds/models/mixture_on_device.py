@@ -12,11 +12,13 @@ from mlpmem_ds.models.mixture import check_rows, checked_lmbda, log_mixture_of_l
 
 @torch.no_grad()
 def mixture_on_device(base_logits: Tensor, memory_logits: Tensor, lmbda: float | Tensor) -> Tensor:
-    """As `log_mixture_of_logits`, by Triton where the logits lie on CUDA and Triton is installed, else by it.
+    """As `log_mixture_of_logits`, by Triton where the logits lie on CUDA and Triton is installed, else by it;
+    by it too where a number λ leaves one side alone.
 
     Not differentiable.
     """
-    if not kernels.usable(base_logits):
+    is_one_side = not isinstance(lmbda, Tensor) and lmbda in (0.0, 1.0)
+    if is_one_side or not kernels.usable(base_logits):
         return log_mixture_of_logits(base_logits, memory_logits, lmbda)
     from mlpmem_ds.maths.kernels.probability_rows import mixture_rows
 

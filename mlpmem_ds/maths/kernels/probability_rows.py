@@ -145,8 +145,9 @@ def mixture_rows_kernel(  # type: ignore[no-untyped-def]
             - log_memory_normalizer
             + log_take
         )
-        greater = tl.maximum(base, memory)
-        less = tl.where(greater == -float("inf"), -float("inf"), tl.minimum(base, memory) - greater)
+        greater = tl.maximum(base, memory, propagate_nan=tl.PropagateNan.ALL)
+        less = tl.minimum(base, memory, propagate_nan=tl.PropagateNan.ALL) - greater
+        less = tl.where(greater == -float("inf"), -float("inf"), less)
         mixture = greater + tl.log(1.0 + tl.exp(less))
         tl.store(result_ptr + columns, mixture.to(result_ptr.dtype.element_ty), mask=inside)
 
@@ -155,7 +156,7 @@ def mixture_rows(base_CV: Tensor, memory_CV: Tensor, lmbda: float | Tensor) -> T
     """log((1-λ) softmax(base) + λ softmax(memory)), float32 [C, V], from logits of any floating dtype, rows
     without gaps.
 
-    λ is a number, or float64 [C] on the same device.
+    λ is a number between 0 and 1, neither of them, or float64 [C] on the same device.
     """
     num_rows, vocabulary_size = base_CV.shape
     result_CV = torch.empty(num_rows, vocabulary_size, dtype=torch.float32, device=base_CV.device)
@@ -180,8 +181,7 @@ def mixture_rows(base_CV: Tensor, memory_CV: Tensor, lmbda: float | Tensor) -> T
     if isinstance(lmbda, Tensor):
         log_weights_C2 = torch.stack([torch.log1p(-lmbda), torch.log(lmbda)], dim=1).float().contiguous()
     else:
-        log_keep = math.log1p(-lmbda) if lmbda < 1 else -math.inf
-        log_take = math.log(lmbda) if lmbda > 0 else -math.inf
+        log_keep, log_take = math.log1p(-lmbda), math.log(lmbda)
     with torch.cuda.device_of(base_CV):
         mixture_rows_kernel[(num_rows, num_parts)](
             base_CV,

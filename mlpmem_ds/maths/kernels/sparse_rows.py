@@ -63,8 +63,9 @@ def sparse_rows_kernel(  # type: ignore[no-untyped-def]
     if THROUGH_MIXTURE:
         log_base = tl.load(log_base_ptr + row)
         log_memory = log_prediction + log_lambda
-        greater = tl.maximum(log_base, log_memory)
-        log_prediction = greater + tl.log(1.0 + tl.exp(tl.minimum(log_base, log_memory) - greater))
+        greater = tl.maximum(log_base, log_memory, propagate_nan=tl.PropagateNan.ALL)
+        less = tl.minimum(log_base, log_memory, propagate_nan=tl.PropagateNan.ALL)
+        log_prediction = greater + tl.log(1.0 + tl.exp(less - greater))
         label_mass *= tl.exp(log_memory - log_prediction)
 
     first = tl.load(offsets_ptr + row)

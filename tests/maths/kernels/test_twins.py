@@ -24,7 +24,7 @@ from mlpmem_ds.maths.listed_keys import in_list_order  # noqa: E402
 from mlpmem_ds.maths.lists_on_device import list_neighbours_on_device  # noqa: E402
 from mlpmem_ds.maths.neighbours import Exclusion  # noqa: E402
 from mlpmem_ds.maths.sparse_loss import TargetBatch, sparse_loss  # noqa: E402
-from mlpmem_ds.models.mixture import log_mixture  # noqa: E402
+from mlpmem_ds.models.mixture import log_mixture, log_mixture_of_logits  # noqa: E402
 from mlpmem_ds.models.mixture_on_device import mixture_on_device  # noqa: E402
 
 
@@ -120,9 +120,8 @@ def test_the_soft_cap_is_that_of_the_originals(twins):
         assert (value - wanted).norm() <= 2e-6 * wanted.norm(), part
 
 
-def test_bfloat16_gradients_of_the_logits_are_rounded_once(twins):
-    from mlpmem_ds.maths.kernels.sparse_rows import sparse_rows
-
+def five_rows():
+    """Logits, the ids that a teacher gives equal mass, and what else `sparse_rows` takes."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(5, 1000, generator=generator)
     entries = torch.randint(0, 1000, (5, 4), generator=generator)
@@ -136,7 +135,13 @@ def test_bfloat16_gradients_of_the_logits_are_rounded_once(twins):
         "labels_C": entries[:, 0].contiguous(),
         "weights_C": torch.ones(5),
     }
-    arguments = {name: value.to(DEVICE) for name, value in arguments.items()}
+    return logits, entries, {name: value.to(DEVICE) for name, value in arguments.items()}
+
+
+def test_bfloat16_gradients_of_the_logits_are_rounded_once():
+    from mlpmem_ds.maths.kernels.sparse_rows import sparse_rows
+
+    logits, entries, arguments = five_rows()
     exact, rounded = (
         sparse_rows(logits.to(DEVICE), log_base_C=None, log_lambda=0.0, gradient_dtype=dtype, **arguments)[2]
         for dtype in (torch.float32, torch.bfloat16)
@@ -150,6 +155,25 @@ def test_bfloat16_gradients_of_the_logits_are_rounded_once(twins):
     )
     wanted[torch.arange(5), entries[:, 0]] -= 0.5
     assert (exact.cpu() - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_a_memory_that_is_not_a_number_gives_no_cross_entropy_through_the_mixture():
+    from mlpmem_ds.maths.kernels.sparse_rows import sparse_rows
+
+    logits, _, arguments = five_rows()
+    logits[1, 7] = logits[3] = math.nan
+    log_base, log_lambda = torch.tensor([-0.5, -2.0, -math.inf, -1.0, -30.0]), math.log(0.25)
+    _, ce, _ = sparse_rows(
+        logits.to(DEVICE),
+        log_base_C=log_base.to(DEVICE),
+        log_lambda=log_lambda,
+        gradient_dtype=None,
+        **arguments,
+    )
+    log_memory = torch.log_softmax(logits, 1).gather(1, arguments["labels_C"].cpu()[:, None])[:, 0]
+    wanted = -torch.logaddexp(log_base, log_memory + log_lambda)
+    assert wanted.isnan().tolist() == [False, True, False, True, False]
+    torch.testing.assert_close(ce.cpu(), wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_only_the_sums_when_no_gradient_is_wanted(twins):
@@ -207,6 +231,24 @@ def test_the_mixture_ends_are_exactly_the_two_alone(twins):
     assert torch.equal(mixture_on_device(base, memory, 1), mixture_on_device(memory, memory, 1.0))
     alone = torch.log_softmax(base, -1)
     torch.testing.assert_close(mixture_on_device(base, memory, 0), alone, rtol=0, atol=2e-6)
+
+
+def test_a_side_that_is_not_a_number_makes_its_rows_of_the_mixture_so(twins):
+    """Not the other side, less what its share takes; and the ends do not read the side that has no share."""
+    generator = torch.Generator().manual_seed(0)
+    base, memory = torch.randn(2, 3, 4100, generator=generator).to(DEVICE)
+    whole = memory.clone()
+    memory[1, 4000] = math.nan
+    by_row = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64, device=DEVICE)
+    twins(True)
+    for lmbda in (0.25, by_row):
+        for sides in ((base, memory), (memory, base)):
+            found = mixture_on_device(*sides, lmbda)
+            wanted = log_mixture_of_logits(*sides, lmbda)
+            assert found.isnan().all(1).tolist() == found.isnan().any(1).tolist() == [False, True, False]
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, equal_nan=True)
+    assert torch.equal(mixture_on_device(base, memory, 0), mixture_on_device(base, whole, 0))
+    assert torch.equal(mixture_on_device(memory, base, 1.0), mixture_on_device(whole, base, 1.0))
 
 
 @pytest.mark.parametrize("dim", [6, 200])
