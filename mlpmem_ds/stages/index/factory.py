@@ -26,9 +26,10 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) 
     words.
 
     Lists: the power of two nearest to 4·sqrt(N), but at least 192 keys a list, so that 64 training points a
-    list are at most a third of the keys. Codes: one byte for each 4 dimensions, down to 16 while the index
-    would fill more than half of the memory; half a byte, or the vector itself, where there are too few keys
-    to train a product quantizer.
+    list are at most a third of the keys. Codes: one byte for each 4 dimensions, or for up to 16 while the
+    index would fill more than half of the memory; where no such number of bytes divides D, the next greater
+    one that does. Half a byte, or the vector itself, where there are too few keys to train a product
+    quantizer.
     """
     usual = 2 ** round(np.log2(4 * np.sqrt(max(num_vectors, 1))))
     max_lists = max(1, num_vectors // _MIN_KEYS_PER_LIST)
@@ -37,9 +38,10 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) 
     bits = next((bits for bits in (8, 4) if num_vectors >= _MIN_POINTS_PER_CENTROID * 2**bits), 0)
     if not bits:
         return f"IVF{num_lists},Flat", f"{reason}; too few to train a product quantizer, so whole vectors"
-    divisors = [
-        parts for parts in range(max(1, dim // 4), max(1, dim // 16) - 1, -1) if dim % parts == 0
-    ] or [1]
+    most, least = max(1, dim // 4), -(-dim // 16)
+    divisors = [parts for parts in range(most, least - 1, -1) if dim % parts == 0]
+    remark = "" if divisors else f", which has no divisor from {least} to {most}"
+    divisors = divisors or [next(parts for parts in range(most, dim + 1) if dim % parts == 0)]
     parts = divisors[0]
     if memory_bytes is not None:
         fitting = (
@@ -54,7 +56,7 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: int | None = None) 
     suffix = "" if bits == 8 else f"x{bits}"
     return (
         f"IVF{num_lists},PQ{parts}{suffix}",
-        f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions",
+        f"{reason}; {bits} bits for each {dim // parts} of {dim} dimensions{remark}",
     )
 
 

@@ -24,6 +24,11 @@ NUM_VECTORS, DIM = 700, 12
         (5000, 16, "IVF16,PQ4x4"),
         (20_000, 30, "IVF64,PQ6"),
         (20_000, 7, "IVF64,PQ1"),
+        (20_000, 23, "IVF64,PQ23"),
+        (20_000, 22, "IVF64,PQ2"),
+        (10**6, 254, "IVF4096,PQ127"),
+        (10**6, 202, "IVF4096,PQ101"),
+        (5000, 254, "IVF16,PQ127x4"),
         (300, 16, "IVF1,Flat"),
         (1, 3, "IVF1,Flat"),
     ],
@@ -33,6 +38,15 @@ def test_automatic_factory(num_vectors: int, dim: int, factory: str) -> None:
     assert make_index(factory, dim, num_vectors).num_lists >= 1
     num_lists = int(factory[3:].split(",")[0])
     assert num_lists == 1 or num_vectors / num_lists >= 39
+
+
+def test_a_code_has_a_byte_for_16_dimensions_at_least() -> None:
+    for dim in range(1, 600):
+        factory, reason = choose_factory(10**5, dim)
+        parts = int(factory.rpartition("PQ")[2])
+        assert dim % parts == 0 and dim / 16 <= parts <= dim
+        assert (parts > max(1, dim // 4)) == ("no divisor" in reason)
+    assert reason.endswith("8 bits for each 1 of 599 dimensions, which has no divisor from 38 to 149")
 
 
 @pytest.mark.parametrize(
