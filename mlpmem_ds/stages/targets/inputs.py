@@ -135,7 +135,9 @@ def _automatic_search(config: Config, keys: Keys, device: torch.device) -> str:
     limit = max_keys_for_exact(device.type, key_bytes, memory_bytes(device))
     now = "exact" if keys.num_positions <= limit else "ivf"
     started = resolved_at_start(config.output, "search")
-    if started not in ("exact", "ivf") or started == now:
+    # Without an index there is no ivf to go on with: that is another run, and open_stage says so.
+    can_go_on = started == "exact" or (started == "ivf" and config.index is not None)
+    if started == now or not can_go_on:
         return now
     _logger.info("search %s (%s)", started, reason_of_start(now))
     return str(started)

@@ -137,6 +137,8 @@ def test_another_run_is_not_overwritten(keys: Path, undisturbed: Path) -> None:
     before = result_of(undisturbed)
     with pytest.raises(UserError, match="already holds another run"):
         write_targets.run(config(keys, undisturbed, k=21), World())
+    with pytest.raises(UserError, match="another run .*--search was 'ivf', now 'exact'.*inputs.index was"):
+        write_targets.run(config(keys, undisturbed), World())
     assert result_of(undisturbed) == before
 
 
