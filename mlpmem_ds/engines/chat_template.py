@@ -21,6 +21,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.tokenizer import EncodedDocument, TextEncoder
 from mlpmem_ds.formats.chats import ANSWERS, Conversation, Message, says_something
 from mlpmem_ds.formats.text_encoding import NotTextError, decode_text
@@ -28,7 +29,8 @@ from mlpmem_ds.formats.text_encoding import NotTextError, decode_text
 Span: TypeAlias = tuple[int, int]
 """characters [start, stop)"""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_OTHER_TEXT = "\ue000"  # a private character, which no text holds
+_OTHER_TEXTS = tuple(map(chr, range(0xE000, 0xE800)))  # private characters: most texts hold none
+_FINDING = 2  # of answers in texts of templates without marks: raised where other tokens would count
 _WRITTEN_BY_TEMPLATE = ("reasoning_content", "tool_calls")  # of a message, in the template's own words
 _PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": ANSWERS, "content": "b"}]
 
@@ -63,6 +65,11 @@ class ChatEncoder:
     def marks_answers(self) -> bool:
         """Whether the template says what the answers are."""
         return bool(_MARKS.search(self.template))
+
+    @property
+    def sha256(self) -> str:
+        """Of what decides the texts and which of their tokens are answers, beside the tokenizer."""
+        return content_hash(self.template if self.marks_answers else [self.template, _FINDING])
 
     def encode_documents(
         self, texts: Sequence[str], names: Sequence[str] | None = None
@@ -235,12 +242,15 @@ class ChatEncoder:
 
     def _end_as_another(self, text: str, conversation: Conversation, turn: int) -> int | None:
         """Where a turn's own words end: all behind them is as behind another text; None where it is not."""
+        other = next((character for character in _OTHER_TEXTS if character not in text), None)
+        if other is None:
+            return None
         messages = list(conversation.messages)
         messages[turn] = {
             **{name: value for name, value in messages[turn].items() if name != "tool_calls"},
-            "content": _OTHER_TEXT,
+            "content": other,
         }
-        after = self._render(messages, conversation)[0][0].rpartition(_OTHER_TEXT)[2]
+        after = self._render(messages, conversation)[0][0].rpartition(other)[2]
         return len(text) - len(after) if text.endswith(after) else None
 
     def _end_of_turn(self, text: str, stop: int, limit: int) -> int:

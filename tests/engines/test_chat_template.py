@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.engines.chat_template import ChatEncoder, chat_template_of, open_chat_encoder
 from mlpmem_ds.engines.tokenizer import open_encoder
 from mlpmem_ds.engines.tokenizer_loading import load_tokenizer
@@ -141,9 +142,16 @@ def test_an_answer_ends_behind_what_is_said_not_in_the_reasoning(
 
 def test_reasoning_that_a_template_leaves_out_is_not_looked_for(chat_tokenizer: Path) -> None:
     answer = {"content": "4", "reasoning_content": "4"}
-    messages = (*ask(answer), {"role": "user", "content": "4?"}, {"role": "assistant", "content": "Yes."})
-    runs, _ = answers_of(opened(chat_tokenizer, CHATML), messages)
-    assert runs == ["4<|im_end|>", "Yes.<|im_end|>"]
+    for private in ("", "\ue000"):  # what a text holds is not taken for the place of another answer
+        question = {"role": "user", "content": f"4?{private}"}
+        messages = (*ask(answer), question, {"role": "assistant", "content": "Yes."})
+        runs, _ = answers_of(opened(chat_tokenizer, CHATML), messages)
+        assert runs == ["4<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_how_answers_are_found_is_part_of_the_hash_where_a_template_marks_none(chat_tokenizer: Path) -> None:
+    assert opened(chat_tokenizer, MARKED).sha256 == content_hash(MARKED)
+    assert opened(chat_tokenizer, CHATML).sha256 != content_hash(CHATML)
 
 
 @pytest.mark.parametrize("template", [REASONING, STRICT])

@@ -215,7 +215,7 @@ def _sweep_section(sweep: SweepResult) -> list[str]:
             f" around the first line; {sweep.seeds} seed{'s' * (sweep.seeds > 1)} (the points), on"
             f" {sweep.machine}, {sweep.date}. All arms of a line train for the same epochs and keep their"
             f" best weights; λ is the best fixed one, without a gate. {tested} In bold: the best arm of a"
-            " line. `python tools/bench.py sweep` measures it again; sweep.json has the intervals."
+            " line. `python tools/bench.py sweep` measures it anew; sweep.json has the intervals."
         ),
         f"![change of perplexity over epochs, text and base]({_FOLDER}/sweep.png)",
         sweep_table(sweep),

@@ -21,7 +21,7 @@ FORMAT, VERSION = "sweep", 1
 FILE_NAME = "sweep.json"
 AXIS_TITLES = {
     "epochs": "epochs of every arm",
-    "megabytes": "MB of domain text",
+    "megabytes": "MB of text",
     "base_epochs": "epochs of the base",
 }
 

@@ -272,7 +272,8 @@ def _refuse_rounded_weights(path: Path, config: Mapping[str, Any]) -> None:
     if compute_dtype(config) == torch.bfloat16 and zero_stage(config) == 0:
         raise UserError(
             f"{path}: bf16 is enabled at ZeRO stage 0, where DeepSpeed gives no float32 weights to write:"
-            " give zero_optimization.stage 1 or more, or set bf16.enabled to false"
+            " give zero_optimization.stage 1 or more, or set bf16.enabled to false (with --resume"
+            " never, where a training was begun so)"
         )
 
 

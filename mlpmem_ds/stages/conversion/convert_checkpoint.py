@@ -82,7 +82,7 @@ from mlpmem_ds.stages.conversion.model_card import (
     describe_verification,
     facts_from_base,
     model_card,
-    warn_of_card,
+    warn_of_unread_card,
 )
 from mlpmem_ds.stages.conversion.thresholds import warn_of_fixed_weights
 
@@ -109,7 +109,7 @@ def run(config: Config, world: World) -> None:
     if _is_complete(output, identity):
         _logger.info("complete: %s", config.output)
         return
-    warn_of_card(inputs, config, base_facts)
+    warn_of_unread_card(inputs, config, base_facts)
     inputs = with_weights_read(inputs, output)
     joint = _join(config, inputs)
     weights = _weights_of(joint, DTYPES[config.dtype])

@@ -116,7 +116,7 @@ def facts_from_base(inputs: ExportInputs, config: Config) -> CardFacts | None:
     return replace(facts, language=()) if config.language else facts
 
 
-def warn_of_card(inputs: ExportInputs, config: Config, base_facts: CardFacts | None) -> None:
+def warn_of_unread_card(inputs: ExportInputs, config: Config, base_facts: CardFacts | None) -> None:
     """Say what a card that is written now will lack; `base_facts` as `facts_from_base` gives them."""
     if base_facts is None and config.license is None:
         _logger.warning(
@@ -124,12 +124,6 @@ def warn_of_card(inputs: ExportInputs, config: Config, base_facts: CardFacts | N
             " the export's says that its licence is not stated: give it with --license, and its"
             " languages with --language",
             inputs.model,
-        )
-    if left_out := [arm.name for arm in _arms(inputs) if not _has_gate_of(inputs, arm)]:
-        _logger.warning(
-            "the model card leaves out %s of the report, which has another gate than the export: evaluate"
-            " with the export's gate to have its figures in the card",
-            ", ".join(left_out),
         )
 
 
@@ -147,17 +141,6 @@ def _licences(config: Config, facts: CardFacts) -> list[str]:
         f"This model: {licence}{whose}. The licences of the base and of the corpus apply.",
         f"Corpus: {config.corpus_license or 'its licence was not stated'}.",
     ]
-
-
-def _arms(inputs: ExportInputs) -> tuple[ArmFigures, ...]:
-    """Of the report; none without one."""
-    return () if inputs.report is None else inputs.report.evaluation.arms
-
-
-def _has_gate_of(inputs: ExportInputs, arm: ArmFigures) -> bool:
-    """Whether an arm of the report has the export's gate, or no gate."""
-    own = None if inputs.gate is None else inputs.gate.sha256
-    return arm.settings.get("gate") in (None, own)
 
 
 def _figures(inputs: ExportInputs, threshold: float | None) -> list[CardFigure]:
@@ -313,13 +296,18 @@ def _tokens(corpus: CorpusManifest | None) -> str:
     return f"{train.num_tokens:,} training tokens of {train.num_documents:,} documents"
 
 
+def _name(inputs: ExportInputs, arm: ArmFigures) -> str:
+    own = None if inputs.gate is None else inputs.gate.sha256
+    return arm.name if arm.settings.get("gate") in (None, own) else f"{arm.name} (not with this model's gate)"
+
+
 def _quality(inputs: ExportInputs) -> str:
     if inputs.report is None:
         return "Not measured: the export was made without a report of `launch/evaluate.py`."
     rows = ["| arm | test perplexity | change from the base (95 % interval) | λ |", "|---|---|---|---|"]
-    arms = [arm for arm in _arms(inputs) if _has_gate_of(inputs, arm)]
     is_own = inputs.report.evaluation.choices_from is None
     place = "on a tuning split" if is_own else "in another report"
+    arms = inputs.report.evaluation.arms
     for arm in arms:
         change, interval, lmbda = arm.ppl_change, arm.ppl_interval, arm.lmbda
         shown = (
@@ -327,7 +315,8 @@ def _quality(inputs: ExportInputs) -> str:
             if change is None or interval is None
             else f"{change:+.1%} ({interval[0]:+.1%} to {interval[1]:+.1%})"
         )
-        rows.append(f"| {arm.name} | {arm.ppl:.2f} | {shown} | {'' if lmbda is None else f'{lmbda:g}'} |")
+        weight = "" if lmbda is None else f"{lmbda:g}"
+        rows.append(f"| {_name(inputs, arm)} | {arm.ppl:.2f} | {shown} | {weight} |")
     return (
         "\n".join(rows)
         + "".join(_curve(arm) for arm in arms)

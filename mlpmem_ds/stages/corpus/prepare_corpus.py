@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
-from mlpmem_ds.core.files import content_hash
 from mlpmem_ds.core.log import Progress, log_for_all
 from mlpmem_ds.core.once import shared_place
 from mlpmem_ds.core.stage_directory import StageDirectory, open_stage
@@ -108,7 +107,7 @@ def _prepare(
         inputs["vocabulary"] = encoder.vocabulary_sha256
         inputs["tokenizer"] = encoder.documents_sha256
     if chats is not None:
-        inputs["chat_template"] = content_hash(chats.template)
+        inputs["chat_template"] = chats.sha256
     directory = open_stage(
         config.output,
         stage=CorpusManifest.FORMAT,

@@ -47,7 +47,7 @@ def test_models_whose_training_the_schedule_ended_are_named() -> None:
 def test_what_was_not_recorded_of_an_older_result_is_not_said_to_have_ended(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
     write_result(path, make_result())
-    assert "was not recorded" not in _section(read_result(path))
+    assert "Not recorded" not in _section(read_result(path))
     record = json.loads(path.read_text())
     for row in record["texts"][0]["rows"]:
         del row["epochs_used_up"]

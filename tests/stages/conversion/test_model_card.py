@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlpmem_ds.formats.evaluation import ArmFigures
-from mlpmem_ds.stages.conversion import model_card
-from mlpmem_ds.stages.conversion.config import Config
-from mlpmem_ds.stages.conversion.model_card import _figures, _quality, _threshold, warn_of_card
+from mlpmem_ds.stages.conversion.model_card import _figures, _quality, _threshold
 
 from ..conftest import make_arm, make_evaluation
-
-CONFIG = Config(checkpoint=(Path("memory"),), output=Path("export"))
 
 
 def make_inputs(*arms: ArmFigures, gate: str | None = None, choices_from: str | None = None) -> Any:
@@ -45,21 +39,16 @@ def test_the_card_says_where_lambda_was_chosen(choices_from: str | None, place: 
 
 
 @pytest.mark.parametrize("gate", [None, "own", "third"])
-def test_arms_of_other_gates_are_left_out_with_a_warning(
-    gate: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(model_card, "_logger", logging.getLogger("of this test"))
+def test_arms_with_another_gate_are_marked(gate: str | None) -> None:
     own, other = (
         make_arm(f"base+memory+{name}", ppl, settings={"gate": name, "kind": "history"})
         for name, ppl in (("own", 17.25), ("other", 16.75))
     )
     inputs = make_inputs(own, other, gate=gate)
     text = _quality(inputs)
-    assert ("17.25" in text) == (gate == "own") and "16.75" not in text and "18.00" in text
-    warn_of_card(inputs, CONFIG, base_facts=None)
-    said = [line for line in caplog.messages if "has another gate than the export" in line]
-    left_out = ["base+memory+other"] if gate == "own" else ["base+memory+own", "base+memory+other"]
-    assert len(said) == 1 and f"leaves out {', '.join(left_out)} of" in said[0]
+    mark = " (not with this model's gate)"
+    assert f"| base+memory+own{'' if gate == 'own' else mark} | 17.25 |" in text
+    assert f"| base+memory+other{mark} | 16.75 |" in text and "| base+memory | 18.00 |" in text
 
 
 def test_with_a_threshold_the_figures_are_not_of_this_model() -> None:

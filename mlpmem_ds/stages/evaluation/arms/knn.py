@@ -13,7 +13,7 @@ from typing import Any
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.run_description import resolved_at_start
 from mlpmem_ds.core.stage_directory import StageDirectory
-from mlpmem_ds.engines.devices import free_host_bytes, memory_bytes
+from mlpmem_ds.engines.devices import free_host_bytes, host_bytes, memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys, open_keys
@@ -171,21 +171,22 @@ def _open_indexed(vote: Vote, index: IndexDirectory, base: ModelArm, *, nprobe: 
 
 def _require_memory(index: IndexDirectory, keys: Keys, num_ranks: int, *, measures_fewer: bool) -> None:
     """Refuse an index that this host cannot hold in each of its ranks and, where speed is measured at fewer
-    keys, once more in the one that does that.
+    keys, once more in the one that does that. What is free is compared with one copy: other ranks may have
+    theirs already.
 
     Raises:
         UserError: with the remedy.
     """
     from mlpmem_ds.stages.retrieval.index_search import bytes_in_memory  # loads faiss, as the search does
 
-    each, free = bytes_in_memory(index, keys.dim), free_host_bytes()
-    copies = num_ranks + measures_fewer
-    if copies * each <= free:
+    each, copies = bytes_in_memory(index, keys.dim), num_ranks + measures_fewer
+    if each <= (free := free_host_bytes()) and copies * each <= (whole := host_bytes()):
         return
+    room = f"{free / 1e9:.1f} GB are free here" if each > free else f"this host has {whole / 1e9:.1f} GB"
     several = f" ({copies} times here{', with that of --speed-positions' if measures_fewer else ''})"
     raise UserError(
         f"--index {index.root} is {each / 1e9:.1f} GB, which each rank holds in memory"
-        f"{several if copies > 1 else ''}, and {free / 1e9:.1f} GB are free here: leave --index out,"
+        f"{several if copies > 1 else ''}, and {room}: leave --index out,"
         f"{' give --speed-positions none,' if measures_fewer else ''}"
         f"{' start fewer ranks on a host,' if num_ranks > 1 else ''} or take a host with more memory"
     )

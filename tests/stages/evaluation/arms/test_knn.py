@@ -185,17 +185,20 @@ def test_an_index_that_no_host_holds_is_refused_before_anything_is_written(
     index: Any = SimpleNamespace(num_bytes=360 * 10**9, root=Path("run/index"), factory="IVF1024,PQ64")
     keys: Any = SimpleNamespace(dim=256)
     each = index.num_bytes + 1024 * 64 * 256 * 4  # with faiss's table
-    for free, num_ranks, measures_fewer, words in (
-        (index.num_bytes, 1, False, r"360\.1 GB, which each rank holds in memory, and 360\.0 GB are free"),
+    monkeypatch.setattr(knn, "free_host_bytes", lambda: index.num_bytes)
+    with pytest.raises(UserError, match=r"360\.1 GB, which each rank holds in memory, and 360\.0 GB are"):
+        knn._require_memory(index, keys, 1, measures_fewer=False)
+    monkeypatch.setattr(knn, "free_host_bytes", lambda: each)
+    for whole, num_ranks, measures_fewer, words in (
         (each, 1, True, r"\(2 times here, with that of --speed-positions\).* --speed-positions none, or"),
         (each * 3 // 2, 2, False, r"\(2 times here\), and .*leave --index out, start fewer ranks on a host"),
         (each * 2, 2, True, r"\(3 times here.*none, start fewer ranks on a host, or take a host with"),
     ):
-        monkeypatch.setattr(knn, "free_host_bytes", lambda free=free: free)
+        monkeypatch.setattr(knn, "host_bytes", lambda whole=whole: whole)
         with pytest.raises(UserError, match=rf"--index run/index is .*{words}"):
             knn._require_memory(index, keys, num_ranks, measures_fewer=measures_fewer)
         enough = each * (num_ranks + measures_fewer)
-        monkeypatch.setattr(knn, "free_host_bytes", lambda enough=enough: enough)
+        monkeypatch.setattr(knn, "host_bytes", lambda enough=enough: enough)
         knn._require_memory(index, keys, num_ranks, measures_fewer=measures_fewer)
 
 
@@ -204,7 +207,7 @@ def test_each_rank_of_a_host_counts_for_the_memory_that_an_index_takes(
 ) -> None:
     assert config.index is not None
     size = bytes_in_memory(open_index(config.index), open_keys(config.keys).dim)
-    monkeypatch.setattr(knn, "free_host_bytes", lambda: size * 3 // 2)
+    monkeypatch.setattr(knn, "host_bytes", lambda: size * 3 // 2)
     world = World(rank=0, size=2, local_size=2)
     alone = replace(config, speed_positions=None)
     assert "base+knn_ivfpq" in {arm.name for arm in open_inputs(alone, World()).arms}
