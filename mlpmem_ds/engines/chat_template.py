@@ -68,7 +68,7 @@ class ChatEncoder:
 
     @property
     def sha256(self) -> str:
-        """Of what decides the texts and which of their tokens are answers, beside the tokenizer."""
+        """Of what decides the texts and which of their tokens are answers, next to the tokenizer."""
         return content_hash(self.template if self.marks_answers else [self.template, _FINDING])
 
     def encode_documents(
