@@ -243,7 +243,7 @@ def test_a_card_that_cannot_be_read_is_no_card_without_a_licence(
         monkeypatch.setattr(model_card, "facts_of", lambda _, found=found: found)
         flags = replace(config, license=given)
         of_base = model_card.facts_from_base(inputs, flags)
-        model_card.warn_of_card(inputs, flags, of_base)
+        model_card.warn_of_unread_card(inputs, flags, of_base)
         facts = model_card._facts(flags, of_base)
         assert (facts.license, facts.language) == (expected, ("de",))
         assert ("some/base cannot be read" in caplog.text and "--license" in caplog.text) == is_said
