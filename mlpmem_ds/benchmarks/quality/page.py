@@ -269,9 +269,9 @@ def _method() -> list[str]:
                     " weights of their best validation on the tuning split. What is not equal stands in the"
                     " last columns: parameters with the base's, tokens read and seconds spent beyond the"
                     " base, on a machine that runs several jobs at once."
-                    " Within a preset all trainings have one precision: float32, or with `real` bfloat16"
-                    " products over float32 weights, unless `--ds_config` stands in its command. What only"
-                    " reads a model is float32, unless `--dtype` stands there.",
+                    " Within a preset all have one precision: float32; where `--dtype bfloat16` stands in its"
+                    " command, bfloat16 where a model is only read, and bfloat16 products over float32"
+                    " weights where one is trained (unless `--ds_config` stands there).",
                     "**The gate** is fitted to the tuning splits of both texts; the fixed λ to that of the"
                     " arm's own text. The column *other text* keeps both as they are.",
                     "**Memories of the default recipe** read the final norm's output after a third, two"

@@ -53,12 +53,12 @@ class Config(Flags):
         "text that is new to the base, in place of the preset's", (), metavar="PATH"
     )
     ds_config: Path | None = option(
-        "DeepSpeed configuration of all trainings (default: cpu.json; real: zero1.json, whose bfloat16"
-        " products are twice as fast where the processor has them)",
+        "DeepSpeed configuration of all trainings (default: of tiny cpu.json, else zero1.json, whose"
+        " bfloat16 products are twice as fast where the processor has them)",
         None,
     )
     dtype: Literal["float32", "bfloat16"] | None = option(
-        "of forward passes that do not train (default: float32; real: bfloat16)", None
+        "of forward passes that do not train (default: of tiny float32, else bfloat16)", None
     )
     questions: tuple[Path, ...] = option(
         "files of questions (docs/questions.md), of which the first 200 are asked: the first seed's memory"
