@@ -30,6 +30,7 @@ import mlpmem_ds
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.host import host_bytes
 from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.core.run_description import VERSIONED_PACKAGES
 
@@ -224,7 +225,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": host_bytes(),
         "torch_threads": torch.get_num_threads(),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MKL_"))

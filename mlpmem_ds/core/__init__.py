@@ -16,7 +16,7 @@ Read in this order:
 - `stage_directory.py`: units with records, the manifest last; `unit_maker.py`: how one is
   made; `unit_writer.py`: its files; `unit_records.py`: what the records say
 - `claims.py`: which rank works at which unit; `dealing.py`: which one it takes next; `waiting.py`: for the
-  others' units; `host.py`: live processes
+  others' units; `host.py`: this machine, live processes
 - `once.py`: what every rank needs at the start and one computes
 - `run_description.py`: identity.json and run.json; `manifest.py`, `file_lists.py`: what the next
   stage reads first; `verified_inputs.py`: the files it reads, compared once by one rank

@@ -1,4 +1,5 @@
-"""Which processes of this machine are alive, and the name by which those that see each other know it."""
+"""This machine: its memory, which of its processes are alive, and the name by which those that see each other
+know it."""
 
 from __future__ import annotations
 
@@ -86,6 +87,11 @@ def machine_id() -> str:
     """The same for the processes of one machine, which share its memory; two machines of one host name have
     two."""
     return f"{socket.gethostname()} {boot_id()}"
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_alive(pid: int) -> bool:

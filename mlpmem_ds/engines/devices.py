@@ -6,12 +6,12 @@ A launcher may show a rank all GPUs of its machine (then the local rank chooses)
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from mlpmem_ds.core.errors import UserError, first_line
+from mlpmem_ds.core.host import host_bytes
 from mlpmem_ds.core.world import World
 
 
@@ -68,11 +68,6 @@ def free_host_bytes() -> int:
         return 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return host_bytes()
-
-
-def host_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpu_number(world: World) -> int:

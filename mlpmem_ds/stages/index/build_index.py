@@ -7,7 +7,6 @@ together); phase 2 is one unit for each shard, filled from its share of the keys
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from mlpmem_ds.core.blocks import Block, deal
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.host import host_bytes
 from mlpmem_ds.core.log import Progress
 from mlpmem_ds.core.run_description import reason_of_start, resolved_at_start
 from mlpmem_ds.core.stage_directory import open_stage
@@ -123,7 +123,7 @@ def _build(config: Config, world: World, keys: Keys, factory: str, num_shards: i
 def _resolve(config: Config, keys: Keys) -> tuple[str, int]:
     """The faiss factory string, which these keys can train, and the number of shards; says what was chosen,
     why, and what it will cost."""
-    factory, reason = resolve_factory(config.factory, keys.num_positions, keys.dim, _memory_bytes())
+    factory, reason = resolve_factory(config.factory, keys.num_positions, keys.dim, host_bytes())
     if config.factory != factory:
         started = resolved_at_start(config.output, "factory")
         if isinstance(started, str) and started != factory and has_codes(started) == has_codes(factory):
@@ -150,10 +150,6 @@ def _resolve(config: Config, keys: Keys) -> tuple[str, int]:
         2 * keys.num_positions * index.num_lists * keys.dim / (_OPERATIONS_PER_SECOND * cores),
     )
     return factory, num_shards
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _write_shard(

@@ -8,7 +8,6 @@ hold for this text and base too.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from mlpmem_ds.core.config import plain_values
 from mlpmem_ds.core.files import publish_json
+from mlpmem_ds.core.host import host_bytes
 from mlpmem_ds.core.output_files import check_output_file
 from mlpmem_ds.core.world import World
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
@@ -129,11 +129,7 @@ def _machine(config: Config) -> Machine:
         gpus=config.gpus,
         gpu_flops=config.gpu_tflops * 1e12,
         gpu_bytes=config.gpu_memory_gb * 1e9,
-        memory_bytes=(
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if config.memory_gb is None
-            else round(config.memory_gb * 1e9)
-        ),
+        memory_bytes=host_bytes() if config.memory_gb is None else round(config.memory_gb * 1e9),
         disk_bytes=(
             shutil.disk_usage(folder).free if config.disk_gb is None else round(config.disk_gb * 1e9)
         ),

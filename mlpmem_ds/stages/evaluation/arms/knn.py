@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.host import host_bytes
 from mlpmem_ds.core.run_description import resolved_at_start
 from mlpmem_ds.core.stage_directory import StageDirectory
-from mlpmem_ds.engines.devices import free_host_bytes, host_bytes, memory_bytes
+from mlpmem_ds.engines.devices import free_host_bytes, memory_bytes
 from mlpmem_ds.formats.corpus import CorpusSplit
 from mlpmem_ds.formats.index_directory import IndexDirectory
 from mlpmem_ds.formats.keys import Keys, open_keys
