@@ -8,10 +8,14 @@ Shapes: B prompts, S tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+
+_found: MutableMapping[Any, bool] = WeakKeyDictionary()
+"""base → whether it reads padding: batch after batch asks"""
 
 
 def padded_on_the_left(
@@ -24,7 +28,6 @@ def padded_on_the_left(
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
-@torch.no_grad()
 def reads_padding(model: Any) -> bool:
     """Whether a language model, or the base of a joint one, reads tokens that the attention mask leaves out.
 
@@ -33,9 +36,16 @@ def reads_padding(model: Any) -> bool:
     at most (of experts, whose products have other sizes), and tiny models of those three by a sixth and more.
 
     Such a model is to be given one prompt at a time: a step of RWKV's own (transformers 5.23) also mixes up
-    the prompts of a batch.
+    the prompts of a batch. A model is looked at once.
     """
     base = getattr(model, "base", model)
+    if base not in _found:
+        _found[base] = _reads_masked_tokens(base)
+    return _found[base]
+
+
+@torch.no_grad()
+def _reads_masked_tokens(base: Any) -> bool:
     if "attention_mask" not in inspect.signature(base.forward).parameters:
         return True
     mask_BS = torch.tensor([[0] * 8 + [1]], device=base.device)

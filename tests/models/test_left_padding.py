@@ -36,6 +36,13 @@ def test_attention_does_not(family: str) -> None:
     assert not reads_padding(joint) and not reads_padding(joint.base)
 
 
+def test_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    joint = tiny_joint("gpt2")
+    assert not reads_padding(joint)
+    monkeypatch.setattr(joint.base, "forward", lambda *args, **kwargs: pytest.fail("it was read again"))
+    assert not reads_padding(joint) and not reads_padding(joint.base)
+
+
 def test_shorter_prompts_begin_with_padding() -> None:
     tokens_BS, mask_BS = padded_on_the_left([[2, 2], [3]], 9, torch.device("cpu"))
     assert tokens_BS.tolist() == [[2, 2], [9, 3]] and mask_BS.tolist() == [[1, 1], [0, 1]]

@@ -6,7 +6,6 @@ batch of one. In a batch the answers are the same, but where rounding decides be
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,11 +44,6 @@ class Answerer:
     def context_limit(self) -> ContextLimit:
         return ContextLimit(flag="--model", encoder=self.encoder, context=self.context)
 
-    @functools.cached_property
-    def reads_padding(self) -> bool:
-        """Whether prompts are answered one by one, because a batch would be padded."""
-        return reads_padding(self.model)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -87,7 +81,7 @@ def answer(
     """
     if fault := fault_of_answers(answerer.context_limit, max_new_tokens):
         raise UserError(fault)
-    if len(prompts) > 1 and answerer.reads_padding:
+    if len(prompts) > 1 and reads_padding(answerer.model):
         return [answer(answerer, [prompt], max_new_tokens, stops=stops)[0] for prompt in prompts]
     max_tokens = answerer.context - max_new_tokens
     whole = answerer.encoder.encode_prompts(list(prompts))
