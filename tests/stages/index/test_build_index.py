@@ -192,7 +192,7 @@ def test_automatic_factory_is_kept_on_a_machine_with_other_memory(
     """A run that is continued elsewhere must not become another run."""
     many = np.tile(vectors(), (10, 1))
     keys = make_keys(tmp_path / "keys", many, np.zeros(len(many), int), unit_positions=4096)
-    monkeypatch.setattr(build_index, "_memory_bytes", lambda: 10_000)  # little
+    monkeypatch.setattr(build_index, "host_bytes", lambda: 10_000)  # little
     automatic = config(keys, tmp_path / "index", factory="auto")
     with caplog.at_level("INFO", logger="mlpmem_ds"):
         build_index.run(automatic, World())
