@@ -22,6 +22,7 @@ _AUTO = "auto"
 _MICRO_BATCH, _ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 _CLIPPING = "gradient_clipping"
 _MANAGED = "managed_gradient_accumulation"
+_DTYPES = ("fp32", "bf16", "fp16")  # as DeepSpeed names them
 _OWNED = (_MICRO_BATCH, _ACCUMULATION, _CLIPPING)
 _KNOWN = frozenset(
     {
@@ -135,6 +136,7 @@ def resolve_ds_config(
     resolved |= _checked_sections(path, resolved)
     _refuse_round_robin(path, resolved, world_size)
     _refuse_rounded_weights(path, resolved)
+    _check_sums(path, resolved)
     _check_places(path, resolved, world_size)
     return resolved
 
@@ -275,6 +277,39 @@ def _refuse_rounded_weights(path: Path, config: Mapping[str, Any]) -> None:
             " give zero_optimization.stage 1 or more, or set bf16.enabled to false (with --resume"
             " never, where a training was begun so)"
         )
+
+
+def _check_sums(path: Path, config: Mapping[str, Any]) -> None:
+    """The dtypes in which gradients are added up and sent: DeepSpeed judges them only when its engine is
+    made, after OUTPUT was begun. At stage 0 it adds them up in the dtype of the weights alone."""
+    data_types = config.get("data_types", {})
+    if not isinstance(data_types, dict):
+        raise UserError(f"{path}: data_types must be an object, not {data_types!r}")
+    sums, sent = data_types.get("grad_accum_dtype"), config.get("communication_data_type")
+    sums_dtype = _dtype_of(path, "data_types.grad_accum_dtype", sums)
+    if sent is not None and str(sent).lower() not in _DTYPES:
+        raise _not_a_dtype(path, "communication_data_type", sent)
+    if zero_stage(config) == 0 and sums_dtype not in (None, torch.float32):
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype is {sums!r} at ZeRO stage 0, where DeepSpeed sums in the"
+            " dtype of the weights, fp32: remove it, or give zero_optimization.stage 1 or more"
+        )
+
+
+def _dtype_of(path: Path, place: str, name: Any) -> torch.dtype | None:
+    """By DeepSpeed's names: "fp32", "float32" and more."""
+    if name is None:
+        return None
+    try:
+        dtype = import_part("runtime.config").DtypeEnum(name).value
+    except ValueError as error:
+        raise _not_a_dtype(path, place, name) from error
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _not_a_dtype(path: Path, place: str, name: Any) -> UserError:
+    return UserError(f"{path}: {place} is {name!r}: give one of {', '.join(_DTYPES)}, or remove it")
 
 
 def _check_places(path: Path, config: Mapping[str, Any], world_size: int) -> None:

@@ -193,6 +193,18 @@ def test_numbers_that_fit_are_taken(tmp_path):
         ('{"zero_optimization": {"stage": 2, "round_robin_gradients": "true"}}', "mixes up the weights"),
         ('{"bf16": {"enabled": "on"}}', "no float32 weights .*: give zero_optimization.stage 1"),
         ('{"bf16": {"enabled": 1}, "zero_optimization": {"stage": "0"}}', "or set bf16.enabled to false"),
+        ('{"data_types": "fp32"}', "data_types must be an object"),
+        (
+            '{"data_types": {"grad_accum_dtype": "fp23"}}',
+            "grad_accum_dtype is 'fp23': give one of fp32, bf16",
+        ),
+        ('{"data_types": {"grad_accum_dtype": "bf16"}}', "'bf16' at ZeRO stage 0, where .*: remove it"),
+        ('{"communication_data_type": 32}', "communication_data_type is 32: give one of fp32"),
+        (
+            '{"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "bfloat16"},'
+            ' "communication_data_type": "FP32"}',
+            None,
+        ),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": null}}', None),
         ('{"zero_optimization": {"stage": 3, "round_robin_gradients": true}}', None),
     ],
