@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SUBJECT = "memory"
-"""the memory of the default recipe: --memory of evaluate, under a gate and in a bank"""
+"""the memory of the recommended recipe: --memory of evaluate, under a gate and in a bank"""
 BASE, KNN, KNN_INDEX = "base", "base+knn_exact", "base+knn_ivfpq"
 MEMORY, MEMORY_CE = f"base+{SUBJECT}", f"base+{SUBJECT}_ce"
 PAPER, PAPER_CE = "base+paper", "base+paper_ce"
@@ -66,20 +66,20 @@ _ALONE = (*_BEST, "--objective", "imitation", "--alpha", "0")
 PAPER_INPUTS = ("--input-layer", "0.7", "--input-point", "ffn_input")
 """what memories of the published recipe read: flags of `extract_keys`"""
 BASE_OUTPUTS = ("--input-layer", "0.33", "0.67", "-1", "--input-point", "final_norm")
-"""what memories of the default recipe read"""
+"""what memories of the recommended recipe read"""
 
 MEMORIES: Mapping[str, MemoryArm] = {
     SUBJECT: MemoryArm(
         flags=_AUTO,
         description=(
-            "memory of **the default recipe**: three depths read, started as the base (at random on text that"
-            " the base was itself trained on), what is minimized chosen by `--objective auto`"
+            "memory of **the recommended recipe**: three layers read, started as the base (at random on text"
+            " that the base was itself trained on), what is minimized chosen by `--objective auto`"
         ),
         is_default=True,
     ),
     "memory_ce": MemoryArm(
         flags=_ALONE,
-        description="memory of the default recipe without the retriever: cross entropy alone",
+        description="memory of the recommended recipe without the retriever: cross entropy alone",
         is_default=True,
     ),
     "paper": MemoryArm(

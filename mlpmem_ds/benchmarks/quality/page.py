@@ -111,9 +111,9 @@ def render_page(
             "*Memory*: with its gate, which was fitted to other documents of both texts; the fine-tuned base"
             " has seen nothing of the other text, and the search has one λ for all tokens. *Both gated*: the"
             " base and the fine-tuned base (where there is none, a decoder of the size of base and memory)"
-            " under a gate of the same kind, at the price of a whole second model at every token."
+            " under a gate of the same kind, at the cost of a whole second model at every token."
         ),
-        *_claims(results),
+        *_goals(results),
         *(
             part
             for result in results
@@ -166,39 +166,54 @@ def _change_text(row: ArmRow | None) -> str:
     return "–" if row is None else f"{row.ppl:.2f} ({percent_text(row.change)})"
 
 
-def _claims(results: Sequence[QualityResult]) -> list[str]:
-    """What holds, what does not, what cannot be said: a list each, over all goals."""
-    found = [(result.preset, ratio) for result in results for ratio in result.ratios]
-    valued = [one for one in found if one[1].value is not None]
-    clear = [one for one in valued if one[1].is_clear]
-    kinds = (
-        ("**Goal met**, in the whole interval", [one for one in clear if one[1].is_met]),
-        ("**Goal missed**, in the whole interval", [one for one in clear if not one[1].is_met]),
-        ("**Not decided**: the goal lies in the interval", [one for one in valued if one not in clear]),
-    )
-    parts = []
-    for title, chosen in kinds:
-        parts += [f"{title}", _claim_items(chosen)] if chosen else [f"{title} (nothing)"]
-    if without := [one for one in found if one not in valued]:
-        parts += ["**Has no value**, for what it is a share of gained nothing:", _claim_items(without)]
-    return parts
+def _goals(results: Sequence[QualityResult]) -> list[str]:
+    """Every ratio with its goal and what each preset found for it, in one table."""
+    places = [(result, text) for result in results for text in _texts_of_ratios(result)]
+    found = {(ratio.name, result.preset, ratio.text): ratio for result in results for ratio in result.ratios}
+    first = {name: ratio for (name, _, _), ratio in reversed(found.items())}
+    names = dict.fromkeys(name for name, _, _ in found)
+    header = [
+        "quotient",
+        "goal",
+        *(f"{result.preset}{_seeds_text(result)}: {text}" for result, text in places),
+    ]
+    lines = [
+        [
+            first[name].meaning,
+            first[name].goal,
+            *(_verdict(found.get((name, result.preset, text))) for result, text in places),
+        ]
+        for name in names
+    ]
+    return [
+        paragraph(
+            "The goals of the project, and what was found. **Bold**: the goal is met, and so it is in the"
+            " whole 95 % interval. ✗: missed in the whole interval. ?: not decided, the goal lies in the"
+            " interval. –: it has no value, for what it is a share of gained nothing. The intervals stand"
+            " below, at each preset."
+        ),
+        markdown_table(header, lines),
+    ]
 
 
-def _claim_items(found: Sequence[tuple[str, RatioResult]]) -> str:
-    """Each ratio once, with its goal and where it was found."""
-    by_name: dict[str, list[tuple[str, RatioResult]]] = {}
-    for preset, ratio in found:
-        by_name.setdefault(ratio.name, []).append((preset, ratio))
-    items = []
-    for ratios in by_name.values():
-        first = ratios[0][1]
-        places = ", ".join(
-            f"**{number_text(ratio.value, '{:.3f}')}** ({preset}, {ratio.text} text"
-            f"{', one seed' if len(ratio.by_seed) == 1 else ''})"
-            for preset, ratio in ratios
-        )
-        items.append(item(f"{first.meaning} ({first.goal} was the goal): {places}"))
-    return "\n".join(items)
+def _texts_of_ratios(result: QualityResult) -> list[str]:
+    return list(dict.fromkeys(ratio.text for ratio in result.ratios))
+
+
+def _seeds_text(result: QualityResult) -> str:
+    return ", one seed" if len(result.seeds) == 1 else ""
+
+
+def _verdict(ratio: RatioResult | None) -> str:
+    """The value, with whether the goal is met; empty where the preset does not have it."""
+    if ratio is None:
+        return ""
+    value = number_text(ratio.value, "{:.3f}")
+    if ratio.value is None:
+        return value
+    if not ratio.is_clear:
+        return f"{value} ?"
+    return f"**{value}**" if ratio.is_met else f"{value} ✗"
 
 
 def _sweep_section(sweep: SweepResult) -> list[str]:
@@ -274,7 +289,7 @@ def _method() -> list[str]:
                     " weights where one is trained (unless `--ds_config` stands there).",
                     "**The gate** is fitted to the tuning splits of both texts; the fixed λ to that of the"
                     " arm's own text. The column *other text* keeps both as they are.",
-                    "**Memories of the default recipe** read the final norm's output after a third, two"
+                    "**Memories of the recommended recipe** read the final norm's output after a third, two"
                     " thirds and all of the layers; those of the published recipe read the input of the MLP"
                     " at .7 of the depth.",
                     "**Documents.** Long ones of the presets' own texts are shortened to their beginnings, so"
@@ -304,8 +319,10 @@ def _rerun(results: Sequence[QualityResult]) -> list[str]:
         paragraph(
             "A preset's section says how many minutes of jobs it took; on two cores two jobs ran at once."
             " Interrupted, the same command continues. Files that a command names are those of that run ([how"
-            " ours were made](LAB.md#quality-real)). `quality.json` in the output has all numbers of this"
-            " page, by seed. A recipe may have changed since a preset's date; its arms say what was trained."
+            " ours were made](LAB.md#quality-real)): `smollm2` is what `tools/fetch_base.py --output smollm2`"
+            " makes; the general text of `real` is not published, so give one of yours. `quality.json`"
+            " in the output has all numbers of this page, by seed. A recipe may have changed since a preset's"
+            " date; its arms say what was trained."
         ),
     ]
 

@@ -23,9 +23,11 @@ from mlpmem_ds.benchmarks.quality.presets import PRESETS, Preset
 from mlpmem_ds.benchmarks.quality.results import FILE_NAME, QualityResult, write_result
 from mlpmem_ds.core.config import Flags, option
 from mlpmem_ds.core.errors import UserError
+from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.core.shipped import ds_configs
 from mlpmem_ds.core.world import World
 from mlpmem_ds.formats.answers import read_answers
+from mlpmem_ds.formats.fetched_base import FetchedBaseManifest
 from mlpmem_ds.formats.question_files import read_questions
 
 _logger = logging.getLogger("mlpmem_ds.benchmarks")
@@ -186,7 +188,18 @@ def _settings(preset: Preset, config: Config) -> dict[str, str]:
 def _describe_base(preset: Preset, config: Config) -> str:
     if preset.base_title is not None:
         return preset.base_title
-    return f"`{Path(str(config.base)).name}`, pretrained by others"
+    return f"`{Path(str(config.base)).name}`{_fetched_from(Path(str(config.base)))}, pretrained by others"
+
+
+def _fetched_from(base: Path) -> str:
+    """The package of a base that `fetch_base` made, in words; "" of another."""
+    try:
+        fetched: CompleteStage[FetchedBaseManifest] = read_stage(
+            CompleteStage, FetchedBaseManifest, base, flag="--base"
+        )
+    except UserError:
+        return ""
+    return f" (`fetch_base` of {fetched.manifest.source.package or 'a GGUF file'}: see base.md)"
 
 
 def _with_texts(preset: Preset, config: Config) -> Preset:

@@ -88,7 +88,7 @@ class Ratio:
 
 
 def gain_share(ppl: Ppl, arm: str, of: str) -> Array:
-    """Gain of an arm over that of another; NaN where the other gains nothing."""
+    """Gain of an arm as a share of that of another; NaN where the other gains nothing."""
     gain, reference = ppl(BASE) - ppl(arm), ppl(BASE) - ppl(of)
     shares: Array = np.where(reference > 0, gain / np.where(reference > 0, reference, 1.0), np.nan)
     return shares
@@ -109,7 +109,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(BASE, MEMORY, KNN),
         goal=1.0,
         direction="at least",
-        meaning="gain of the memory over that of exact kNN-LM with k, T and λ tuned",
+        meaning="gain of the memory ÷ gain of exact kNN-LM (k, T, λ tuned)",
     ),
     Ratio(
         name="memory_gain_over_ce_only_gain",
@@ -117,7 +117,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(BASE, PAPER, PAPER_CE),
         goal=1.0,
         direction="at least",
-        meaning="published recipe: gain of the memory over that of the same without the retriever",
+        meaning="published recipe: gain of the memory ÷ gain without the retriever",
     ),
     Ratio(
         name="default_recipe_gain_over_ce_only_gain",
@@ -125,7 +125,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(BASE, MEMORY, MEMORY_CE),
         goal=1.0,
         direction="at least",
-        meaning="default recipe: gain of the memory over that of the same without the retriever",
+        meaning="recommended recipe: gain of the memory ÷ gain without the retriever",
     ),
     Ratio(
         name="gate_ppl_over_best_fixed",
@@ -133,7 +133,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(GATE, MEMORY),
         goal=0.99,
         direction="at most",
-        meaning="perplexity with the gate over that with the best fixed λ",
+        meaning="perplexity with the gate ÷ with the best fixed λ",
     ),
     Ratio(
         name="gate_share_of_new_domain_gain",
@@ -141,7 +141,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(BASE, GATE, MEMORY),
         goal=1.0,
         direction="at least",
-        meaning="gain with the gate over that with the best fixed λ",
+        meaning="gain with the gate ÷ with the best fixed λ",
     ),
     Ratio(
         name="gate_out_of_domain_ppl_over_base",
@@ -149,7 +149,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(GATE, BASE),
         goal=1.005,
         direction="at most",
-        meaning="perplexity of the other text with the gate over that of the base alone",
+        meaning="perplexity of the other text with the gate ÷ of the base alone",
         is_of_other=True,
     ),
     Ratio(
@@ -158,7 +158,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(GATE, CONTINUED),
         goal=1.0,
         direction="at most",
-        meaning="perplexity with gated memory over that of the fine-tuned base",
+        meaning="perplexity with the gated memory ÷ of the fine-tuned base",
     ),
     Ratio(
         name="memory_ppl_over_gated_ensemble",
@@ -166,7 +166,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(GATE, ENSEMBLE_GATE),
         goal=1.0,
         direction="at most",
-        meaning="perplexity with gated memory over that with a second model gated alike",
+        meaning="perplexity with the gated memory ÷ with a second model gated alike",
     ),
     Ratio(
         name="memory_out_of_domain_ppl_over_gated_ensemble",
@@ -174,7 +174,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(GATE, ENSEMBLE_GATE),
         goal=1.0,
         direction="at most",
-        meaning="perplexity of the other text with gated memory over that with a second model gated alike",
+        meaning="perplexity of the other text with the gated memory ÷ with a second model gated alike",
         is_of_other=True,
     ),
     Ratio(
@@ -183,7 +183,7 @@ RATIOS: tuple[Ratio, ...] = (
         arms=(BASE, BANK, GATE),
         goal=0.95,
         direction="at least",
-        meaning="gain of the bank of both memories over that of the text's own memory with a gate",
+        meaning="gain of the bank of both memories ÷ gain of the text's own memory with a gate",
     ),
 )
 

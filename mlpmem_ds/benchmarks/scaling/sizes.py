@@ -46,8 +46,8 @@ def held_equal() -> str:
 
 
 def make_jobs(preset: Preset, sizes: Sequence[Size], root: Path) -> list[Job]:
-    """For each size a base, its keys and targets, a memory of the default recipe and a report, on the general
-    text."""
+    """For each size a base, its keys and targets, a memory of the recommended recipe and a report, on the
+    general text."""
     text, corpus = preset.general, str(root / "corpus")
     trainer = (*preset.trainer_flags, "--corpus", corpus)
     jobs = [

@@ -11,29 +11,34 @@ from mlpmem_ds.benchmarks.quality.page import publish_page, render_page
 from .conftest import in_one_line, make_result
 
 
+def _goals(page: str) -> dict[str, str]:
+    """Of the table of goals: what a ratio means → its line."""
+    lines = page[page.index("| quotient |") : page.index("## Preset")].splitlines()
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
 def test_the_page_says_what_holds_what_does_not_and_what_cannot_be_said() -> None:
-    page = in_one_line(render_page([make_result()]))
-    holds, rest = page.split("**Goal missed**")
-    fails, unclear = rest.split("**Not decided**")
-    assert "- what recovered_share means (at least 1 was the goal): **1.500** (tiny, domain text)" in holds
-    assert "what memory_ppl_over_continued_training means" in fails
-    assert "what memory_gain_over_ce_only_gain means" in unclear.split("##")[0]
+    lines = _goals(render_page([make_result()]))
+    assert lines["quotient"].endswith("| goal | tiny: domain |")
+    assert lines["what recovered_share means"].endswith("| at least 1 | **1.500** |")
+    assert lines["what memory_ppl_over_continued_training means"].endswith(" ✗ |")
+    assert lines["what memory_gain_over_ce_only_gain means"].endswith(" ? |")
 
 
 def test_a_claim_of_one_seed_says_so_and_its_interval_covers_documents_alone() -> None:
     result = make_result()
     alone = [replace(ratio, by_seed=ratio.by_seed[:1]) for ratio in result.ratios]
-    page = in_one_line(render_page([replace(result, seeds=(0,), ratios=tuple(alone))]))
-    assert "**1.500** (tiny, domain text, one seed)" in page
-    assert "differed by; of one seed it covers the documents alone" in page
+    page = render_page([replace(result, seeds=(0,), ratios=tuple(alone))])
+    assert "| tiny, one seed: domain |" in page
+    assert "differed by; of one seed it covers the documents alone" in in_one_line(page)
 
 
-def test_a_ratio_without_a_value_is_named_with_the_reason() -> None:
+def test_a_ratio_without_a_value_has_a_dash_and_the_reason_stands_above() -> None:
     result = make_result()
     ratio = replace(result.ratios[0], value=None, interval=None, by_seed=(None, 1.5), is_clear=False)
-    page = in_one_line(render_page([replace(result, ratios=(ratio,))]))
-    _, without = page.split("**Has no value**, for what it is a share of gained nothing:")
-    assert f"- what {ratio.name} means (at least 1 was the goal): **–** (tiny, domain text)" in without
+    page = render_page([replace(result, ratios=(ratio,))])
+    assert _goals(page)[f"what {ratio.name} means"].endswith("| at least 1 | – |")
+    assert "–: it has no value, for what it is a share of gained nothing" in in_one_line(page)
     assert f"| what {ratio.name} means (`{ratio.name}`) | domain | – | – | – 1.500 |" in page
 
 
@@ -92,7 +97,9 @@ def test_a_long_command_goes_over_several_lines_of_whole_words() -> None:
     ) in page
 
 
-def test_a_ratio_of_several_presets_is_named_once_with_all_its_values() -> None:
-    page = in_one_line(render_page([make_result("tiny"), make_result("small")]))
-    values = "**1.500** (small, domain text), **1.500** (tiny, domain text)"
-    assert page.count(f"what recovered_share means (at least 1 was the goal): {values}") == 1
+def test_a_ratio_of_several_presets_has_one_line_with_a_value_of_each() -> None:
+    tiny = make_result("tiny")
+    lines = _goals(render_page([tiny, make_result("small", ratios=tiny.ratios[:1])]))
+    assert lines["quotient"].endswith("| small: domain | tiny: domain |")
+    assert lines["what recovered_share means"].endswith("| **1.500** | **1.500** |")
+    assert lines["what memory_ppl_over_continued_training means"].count("|  |") == 1
