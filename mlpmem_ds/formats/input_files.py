@@ -340,7 +340,7 @@ def _files_of_dataset(root: Path, prefix: str, choice: Choice) -> Iterator[Sourc
         name = path.relative_to(root).as_posix()
         if any(choice.is_excluded(part) for part in (name, *name[len(prefix) :].split("/"))):
             yield Omission(name=spell_path(name), reason="excluded")
-        elif prefix and not choice.is_included(path.name):
+        elif prefix and not choice.includes(name):
             yield Omission(name=spell_path(name), reason="not included", detail=path.suffix)
         else:
             yield SourceFile(path=path, name=spell_path(name), is_named=not prefix)

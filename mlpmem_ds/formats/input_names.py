@@ -66,12 +66,16 @@ class Choice:
             is_default=include is None,
         )
 
+    def includes(self, path: str) -> bool:
+        """Whether the patterns ask for a file, by its name or by its path."""
+        return self.is_included(path.rpartition("/")[2]) or self.is_included_path(path)
+
     def reason_against(self, path: str) -> ReasonName | None:
         """Why a file does not count by its name; None where it does."""
         name = path.rpartition("/")[2]
         if self.is_excluded(name) or self.is_excluded(path):
             return "excluded"
-        if self.is_included(name) or self.is_included_path(path):
+        if self.includes(path):
             return None
         if is_system_file(name):
             return "system file"

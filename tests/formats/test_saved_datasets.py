@@ -174,6 +174,7 @@ def test_a_data_set_below_the_input_is_read_as_one(tmp_path: Path) -> None:
     names, left_out = found(tmp_path, ("*.txt",))
     assert names == ["a.txt", "c.txt"]
     assert left_out[:4] == [(name, "not included") for name in of_both]
+    assert found(tmp_path, ("b/one/*.arrow",))[0] == of_one
     names, left_out = found(tmp_path, exclude=("test", "README.md"))
     assert names == ["a.txt", *of_both[:2], *of_one, "c.txt"]
     assert ("b/one/README.md", "excluded") in left_out and (of_both[2], "excluded") in left_out
