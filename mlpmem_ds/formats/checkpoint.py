@@ -154,8 +154,12 @@ def remove_old_checkpoints(root: Path, keep: int, *, needed: Collection[Path] = 
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, and what a replacement of it that was cut off has left."""
+    """Remove a checkpoint, and what a replacement of it that was cut off has left.
+
+    Its manifest goes first: who reads it meanwhile finds none, and not one that lacks files.
+    """
     remove_former(path)
+    (path / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(path)
 
 

@@ -78,6 +78,15 @@ def test_the_oldest_go_and_the_same_step_is_replaced(tmp_path):
     assert len(list(root.iterdir())) == 2
 
 
+def test_a_checkpoint_that_is_being_removed_has_no_manifest(tmp_path, monkeypatch):
+    """It would name files that are gone: whoever sends checkpoints would take it for a damaged one."""
+    path = publish(tmp_path / "checkpoints", 1)
+    manifests = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path: manifests.append((path / "manifest.json").exists()))
+    remove_old_checkpoints(path.parent, 0)
+    assert manifests == [False]
+
+
 def test_a_replacement_that_was_cut_off_is_ended_with_the_new_checkpoint(tmp_path):
     root = tmp_path / "checkpoints"
     final = publish(root, 10)

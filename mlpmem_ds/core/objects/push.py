@@ -57,6 +57,7 @@ class Push:
 
     Raises:
         UserError: the URL is another directory's mirror, or holds other bytes.
+        DamagedDataError: with `replace`, the directory lacks a file that it lists.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Push:
 
     def _begin_anew(self) -> None:
         """Take away what says that the mirror is whole; no object that is there is believed."""
+        self._require_all()
         _logger.warning("%s: all files are sent again, in place of what it holds", self._store.url)
         self._former = None
         self._journal.remove()
@@ -135,21 +137,15 @@ class Push:
         objects of its list are believed: what differs is sent.
 
         Raises:
-            DamagedDataError: the directory lacks a file of its own list, which the mirror would lose, or a
-                unit's record is damaged.
+            DamagedDataError: as `_require_all`, or a unit's record is gone.
         """
+        self._require_all()
         self._former = listing = self._open()
         if listing is None:
             self._journal.read(self._store.sizes())
             return
         if not self._is_made_anew(listing):
             return
-        unit_files = (record for unit in self._directory.units() for record in unit.files)
-        for record in (*self._directory.recorded().values(), *unit_files):
-            if fault := fault_of_file(self._directory.root, record, checksum=False):
-                raise DamagedDataError(
-                    f"{fault}: run its stage again, or fetch the directory from its mirror"
-                )
         self._name_what_goes(listing)
         _logger.info("%s: files were made anew since it was sent: sending them", self._directory.root)
         for record in listing.files:
@@ -157,6 +153,25 @@ class Push:
         withdraw(self._store)
         begin(self._store, self.of, name=str(self._directory.root))
         self._former = None
+
+    def _require_all(self) -> None:
+        """
+        Raises:
+            DamagedDataError: the directory lacks a file of its own list or of a unit, which the mirror would
+                lack too, or a unit's record is damaged.
+        """
+        self._require(self._directory.recorded().values())
+        for unit in self._directory.units():
+            self._require(unit.files)
+
+    def _require(self, records: Iterable[FileRecord]) -> None:
+        """Files must be there with their sizes; checksums are compared as they are sent."""
+        for record in records:
+            if fault := fault_of_file(self._directory.root, record, checksum=False):
+                self._refuse_another_directory()  # one that was removed meanwhile is not damaged either
+                raise DamagedDataError(
+                    f"{fault}: run the command that wrote it again, or restore it from a copy or a mirror"
+                )
 
     def _name_what_goes(self, listing: Listing) -> None:
         """Say what the new list will lack.
@@ -177,7 +192,11 @@ class Push:
             )
 
     def _refuse_another_directory(self) -> None:
-        """One that has taken the place since the push began. A plain one would be read once more for it."""
+        """One that has taken the place since the push began. A plain one would be read once more for it.
+
+        Raises:
+            FileNotFoundError: the list of a checkpoint or an export is gone.
+        """
         if self._directory.kind != "plain" and self._directory.of() != self.of:
             raise UserError(
                 f"{self._directory.root} is another directory than when its push began: it was made anew with"
@@ -186,13 +205,21 @@ class Push:
 
     def send(self) -> Pushed:
         """Send all that is final and not there yet; of a complete directory then the list, after which the
-        mirror is whole."""
+        mirror is whole.
+
+        Raises:
+            DamagedDataError: the directory lacks a file that it lists, or one is not what its record says.
+            UserError: the store's refusal, or another directory has taken the place.
+            FileNotFoundError: a checkpoint or an export was removed meanwhile.
+        """
         start, self._num_files, self._num_bytes = time.monotonic(), 0, 0
         is_complete = self._directory.is_complete
         if self._former is not None:
             self._refuse_other_bytes(self._former)
             if self._is_made_anew(self._former):
                 self._reopen()
+        elif is_complete:
+            self._require_all()
         if self._former is None:  # nothing is changed below a list that says what is there
             with ThreadPoolExecutor(self._threads) as pool:
                 self._send_all(pool, self._in_units())
@@ -211,7 +238,9 @@ class Push:
 
     def _in_units(self) -> Iterator[tuple[str, FileRecord | None]]:
         for unit in self._directory.units():
-            yield from ((record.name, record) for record in unit.files if not self._journal.has(record))
+            unsent = [record for record in unit.files if not self._journal.has(record)]
+            self._require(unsent)
+            yield from ((record.name, record) for record in unsent)
 
     def _records_of_units(self) -> Iterator[tuple[str, FileRecord | None]]:
         """Of the units whose files are all there."""

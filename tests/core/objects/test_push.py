@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
+from mlpmem_ds.core.files import FileRecord, publish_json, record_file
+from mlpmem_ds.core.objects import push
 from mlpmem_ds.core.objects.contents import LocalDirectory, directories_in
 from mlpmem_ds.core.objects.fetch import pull
 from mlpmem_ds.core.objects.listing import BEGUN, FILES, read_listing
@@ -134,6 +136,78 @@ def test_a_damaged_file_is_not_sent(memory_url: str, stage_dir: Path) -> None:
     with pytest.raises(DamagedDataError, match=r"part-1.npy does not have the checksum"):
         Push(directory_of(stage_dir), Store(memory_url)).send()
     assert read_listing(Store(memory_url)) is None
+
+
+LISTS_OF_FILES = {
+    "stage": ("manifest.json", "mlpmem-toy"),
+    "export": ("mlpmem_export.json", "mlpmem-export"),
+    "checkpoint": ("manifest.json", "mlpmem-checkpoint"),
+}
+
+
+@pytest.fixture(params=LISTS_OF_FILES)
+def listed_dir(request: pytest.FixtureRequest, stage_dir: Path, tmp_path: Path) -> Path:
+    """A complete directory of each kind that lists its files; `part-1.npy` is one of them."""
+    if request.param == "stage":
+        return stage_dir
+    root = tmp_path / str(request.param)
+    root.mkdir()
+    for number in range(3):
+        shutil.copy(stage_dir / f"part-{number}.npy", root)
+    files = [record_file(root, path.name).to_json() for path in sorted(root.iterdir())]
+    name, format_name = LISTS_OF_FILES[request.param]
+    publish_json(root / name, {"format": format_name, "files": files}, seal=True)
+    return root
+
+
+@pytest.mark.parametrize("was_sent", [False, True], ids=["never sent", "sent before"])
+def test_a_directory_that_lacks_a_file_of_its_list_is_no_whole_mirror(
+    memory_url: str, listed_dir: Path, was_sent: bool
+) -> None:
+    """Also where an interrupted push has sent that file."""
+    if was_sent:
+        with pytest.raises(KeyboardInterrupt):
+            Push(directory_of(listed_dir), CountingStore(memory_url, fails_at=FILES)).send()
+    (listed_dir / "part-1.npy").unlink()
+    with pytest.raises(DamagedDataError, match=r"part-1.npy is missing: run the command"):
+        Push(directory_of(listed_dir), Store(memory_url)).send()
+    assert read_listing(Store(memory_url)) is None
+
+
+def test_a_unit_that_lacks_a_file_is_not_sent_while_its_stage_is_at_work(
+    memory_url: str, stage_dir: Path
+) -> None:
+    for name in ("manifest.json", "part-1.npy"):
+        (stage_dir / name).unlink()
+    with pytest.raises(DamagedDataError, match=r"part-1.npy is missing: run the command"):
+        Push(directory_of(stage_dir), Store(memory_url)).send()
+    assert Store(memory_url).read("done/1.json") is None
+
+
+def test_a_directory_that_lacks_a_file_does_not_replace_a_whole_mirror(
+    memory_url: str, listed_dir: Path
+) -> None:
+    Push(directory_of(listed_dir), Store(memory_url)).send()
+    (listed_dir / "part-1.npy").unlink()
+    with pytest.raises(DamagedDataError, match=r"part-1.npy is missing"):
+        Push(directory_of(listed_dir), Store(memory_url), replace=True).send()
+    assert read_listing(Store(memory_url)) is not None
+    assert verify(Store(memory_url), flag="SOURCE").faults == ()
+
+
+@pytest.mark.parametrize("listed_dir", ["export", "checkpoint"], indirect=True)
+def test_a_directory_that_is_removed_meanwhile_is_not_damaged(
+    memory_url: str, listed_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault_of_file = push.fault_of_file
+
+    def removing(root: Path, record: FileRecord, *, checksum: bool) -> str | None:
+        shutil.rmtree(root, ignore_errors=True)
+        return fault_of_file(root, record, checksum=checksum)
+
+    monkeypatch.setattr(push, "fault_of_file", removing)
+    with pytest.raises(FileNotFoundError):
+        Push(directory_of(listed_dir), Store(memory_url)).send()
 
 
 def test_two_writers_of_one_url_leave_one_whole_mirror(url: str, stage_dir: Path, tmp_path: Path) -> None:
