@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import size_in_words
 from mlpmem_ds.core.names import is_name_inside
 from mlpmem_ds.core.objects.cache import Cache
-from mlpmem_ds.core.objects.contents import CHECKPOINTS, LocalDirectory, directories_in, is_passing_name
+from mlpmem_ds.core.objects.contents import (
+    CHECKPOINTS,
+    MANIFEST,
+    LocalDirectory,
+    directories_in,
+    is_passing_name,
+)
 from mlpmem_ds.core.objects.fetch import pull
 from mlpmem_ds.core.objects.listing import BEGUN, FILES, withdraw
 from mlpmem_ds.core.objects.push import Push, Pushed
@@ -52,13 +59,24 @@ def _send(config: Config, source: Path, url: str) -> str:
         if directories[0].kind == "plain" and not directories[0].names():
             raise UserError(f"{source} holds no file: give a directory that does; is its disk mounted?")
         _name_left_out(source, directories)
-        lines = [_send_one(config, directory, join_url(url, directory.name)) for directory in directories]
+        lines = _send_all(config, directories, url)
+        if config.checkpoints:
+            _withdraw_halves(url, _removed_checkpoints(source, url, directories))
     return "\n".join([*lines, *([_verify(url, config.threads)] if config.verify else [])])
 
 
-def _send_one(config: Config, directory: LocalDirectory, url: str) -> str:
-    push = Push(directory, Store(url), threads=config.threads, replace=config.replace)
-    return _in_words(url, push.send())
+def _send_all(config: Config, directories: Sequence[LocalDirectory], url: str) -> list[str]:
+    lines = []
+    for directory in directories:
+        place = join_url(url, directory.name)
+        try:
+            push = Push(directory, Store(place), threads=config.threads, replace=config.replace)
+            lines.append(_in_words(place, push.send()))
+        except FileNotFoundError:
+            if _training_of(directory.name) is None or (directory.root / MANIFEST).is_file():
+                raise
+            _logger.info("%s: its training has removed it meanwhile", directory.root)
+    return lines
 
 
 def _in_words(url: str, pushed: Pushed) -> str:
@@ -79,12 +97,13 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
     are errors at the first look, and warnings later on.
     """
     pushes: dict[str, Push] = {}
+    cleared: dict[str, bool] = {}  # `was_sent` when the store was last asked for halves of what is gone
     is_first = True
     if not source.is_dir():
         _logger.info("%s does not exist yet: waiting until a stage makes it", source)
     while True:
         states: dict[str, Pushed] = {}
-        has_failed = False
+        failures: list[Exception] = []
         directories = directories_in(source, checkpoints=config.checkpoints) if source.is_dir() else []
         for directory in directories:
             if directory.kind == "plain":
@@ -93,27 +112,61 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
                     _logger.info("%s holds no stage yet: waiting until there is one", source)
                 continue
             place = join_url(url, directory.name)
-            try:
-                pushed = _push_of(directory, place, config, pushes).send()
-            except FileNotFoundError as error:  # a checkpoint that its training has removed meanwhile
-                _logger.info("%s is gone: %s", error.filename, directory.root)
-                if not directory.root.exists():
-                    withdraw(Store(place))  # or it would count as a mirror whose push has not ended
-                    pushes.pop(directory.name, None)
-                continue
-            except UserError as error:
-                if is_first:
-                    raise
-                _logger.warning("%s", error)
-                has_failed = True
-                continue
-            states[place] = pushed
-            if pushed.num_files:
-                _logger.info("%s", _in_words(place, pushed))
+            with _warned_of(failures, is_first=is_first):
+                try:
+                    pushed = _push_of(directory, place, config, pushes).send()
+                except FileNotFoundError as error:  # a checkpoint that its training has removed meanwhile
+                    _logger.info("%s is gone: %s", error.filename, directory.root)
+                    failures.append(error)
+                    continue
+                states[place] = pushed
+                if pushed.num_files:
+                    _logger.info("%s", _in_words(place, pushed))
+        with _warned_of(failures, is_first=is_first):
+            gone = {name for name in pushes if not (source / name).is_dir()}
+            was_sent = {each.name: join_url(url, each.name) in states for each in directories}
+            if config.checkpoints and was_sent != cleared:
+                sent = [each for each in directories if was_sent[each.name]]
+                gone |= _removed_checkpoints(source, url, sent)
+            _withdraw_halves(url, gone)
+            cleared, pushes = was_sent, {name: push for name, push in pushes.items() if name not in gone}
         is_first = False
-        if url in states and not has_failed and all(pushed.is_whole for pushed in states.values()):
+        if url in states and not failures and all(pushed.is_whole for pushed in states.values()):
             return [_in_words(place, pushed) for place, pushed in states.items()]
         time.sleep(config.watch_seconds)
+
+
+@contextlib.contextmanager
+def _warned_of(failures: list[Exception], *, is_first: bool) -> Iterator[None]:
+    """A refusal within a look is an error at the first one; later on a warning, and added to `failures`."""
+    try:
+        yield
+    except UserError as error:
+        if is_first:
+            raise
+        _logger.warning("%s", error)
+        failures.append(error)
+
+
+def _removed_checkpoints(source: Path, url: str, directories: Iterable[LocalDirectory]) -> set[str]:
+    """The names of checkpoints that the store has half of, and that the trainings among `directories` have
+    removed."""
+    halves = set()
+    for directory in directories:
+        if directory.kind == "stage":
+            names = Store(join_url(url, directory.name)).sizes(CHECKPOINTS)
+            begun = _folders_of(names, BEGUN) - _folders_of(names, FILES)
+            halves |= {f"{directory.name}/{name}".lstrip("/") for name in begun if _training_of(name) == ""}
+    return {name for name in halves if is_name_inside(name) and not (source / name).is_dir()}
+
+
+def _withdraw_halves(url: str, names: Iterable[str]) -> None:
+    """Of directories that are gone: no push can end what one has begun, and no run with it would be whole."""
+    for name in names:
+        store = Store(join_url(url, name))
+        if store.read(FILES) is None:
+            _logger.info("%s: its directory was removed before all of it was sent", store.url)
+            withdraw(store)
 
 
 def _refuse_a_model(source: Path) -> None:
@@ -127,11 +180,10 @@ def _refuse_a_model(source: Path) -> None:
 def _push_of(directory: LocalDirectory, url: str, config: Config, pushes: dict[str, Push]) -> Push:
     """The one of an earlier look, unless another directory has taken the name since: a stage that was removed
     and made anew with other flags."""
-    push = pushes.pop(directory.name, None)
+    push = pushes.get(directory.name)
     if push is None or push.of != directory.of():
-        push = Push(directory, Store(url), threads=config.threads, replace=config.replace)
-    pushes[directory.name] = push
-    return push
+        pushes[directory.name] = Push(directory, Store(url), threads=config.threads, replace=config.replace)
+    return pushes[directory.name]
 
 
 def _name_left_out(source: Path, directories: list[LocalDirectory]) -> None:
@@ -218,7 +270,8 @@ def _verify(url: str, threads: int) -> str:
         )
     if halves:
         more = f", and {len(halves) - 1} more" if len(halves) > 1 else ""
-        raise DamagedDataError(f"{halves[0]} is not whole: its push has not ended{more}: run it again")
+        flag = " with --checkpoints" if any(map(_training_of, halves)) else ""
+        raise DamagedDataError(f"{halves[0]} is not whole: its push has not ended{more}: run it again{flag}")
     return "\n".join(lines)
 
 

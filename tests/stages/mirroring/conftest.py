@@ -1,14 +1,23 @@
-"""Servers with a bucket, of S3 and of Google's kind, and a cache of this test's own."""
+"""Commands in this process, servers with a bucket of S3's and Google's kind, a cache of each test's own."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from mlpmem_ds import commands
+
 from ...object_store import BUCKET, KEYS, gs_environment, gs_server, s3_server
+
+
+def run(words: Sequence[object]) -> None:
+    """A command of the project in this process; it must succeed."""
+    name, *flags = map(str, words)
+    command = Path(name).stem.replace("_", "-")
+    assert commands.COMMANDS[command](flags) == 0
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,12 @@ import shlex
 import shutil
 import threading
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mlpmem_ds import commands
-from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.files import FileRecord, publish_json, record_file, sha256_of_file
+from mlpmem_ds.core.files import sha256_of_file
 from mlpmem_ds.core.objects import push
 from mlpmem_ds.core.objects.contents import directories_in
 from mlpmem_ds.core.objects.listing import FILES, read_listing
@@ -27,17 +25,11 @@ from mlpmem_ds.stages.mirroring import mirror
 from mlpmem_ds.stages.targets import write_targets
 
 from ...core import toy_stage
+from .conftest import run
 
 ROOT = Path(__file__).parents[3]
 INDEX = ("--factory", "IVF4,PQ4x4")
 TARGETS = ("--search", "ivf", "--k", "8", "--shard-positions", "512", "--exclude", "same-document")
-
-
-def run(words: Sequence[object]) -> None:
-    """A command of the project in this process; it must succeed."""
-    name, *flags = map(str, words)
-    command = Path(name).stem.replace("_", "-")
-    assert commands.COMMANDS[command](flags) == 0
 
 
 @pytest.fixture
@@ -174,6 +166,16 @@ def test_a_run_that_holds_logs_alone_is_waited_for(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_stage_that_lacks_a_file_is_an_error_at_the_first_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be waited for in vain."""
+    toy_stage.run(toy_stage.Config(output=tmp_path / "stage"), World())
+    (tmp_path / "stage/part-1.npy").unlink()
+    assert commands.mirror([str(tmp_path / "stage"), f"file://{tmp_path}/store", "--watch"]) == 2
+    assert "stage/part-1.npy is missing: run the command that wrote it again" in capsys.readouterr().err
+
+
 def test_a_model_is_not_watched(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """There is nothing to wait for."""
     assert commands.mirror([str(base_dir), f"file://{tmp_path}/store", "--watch"]) == 2
@@ -218,29 +220,6 @@ def test_a_run_of_which_a_stage_is_not_whole_is_no_verified_run(
     assert (tmp_path / "copy" / "corpus" / "manifest.json").is_file()
 
 
-def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(
-    keys_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A training keeps its newest ones only."""
-    output, url = tmp_path / "memory", f"file://{tmp_path}/store/memory"
-    shutil.copytree(keys_dir, output)
-    step = output / "checkpoints/step-00000010"
-    step.mkdir(parents=True)
-    (step / "weights.pt").write_bytes(b"weights")
-    publish_json(step / "manifest.json", {"files": [record_file(step, "weights.pt").to_json()]}, seal=True)
-    send = push.send_file
-
-    def removing(store: Store, name: str, path: Path, expected: FileRecord | None) -> FileRecord:
-        if name == "weights.pt":
-            shutil.rmtree(step)
-        return send(store, name, path, expected)
-
-    monkeypatch.setattr(push, "send_file", removing)
-    run(["mirror", output, url, "--watch", "--watch-seconds", ".05", "--checkpoints"])
-    assert Store(url).read(FILES) is not None and not step.exists()
-    run(["mirror", url, "--verify"])  # it is no mirror whose push has not ended
-
-
 def test_a_mirror_whose_name_leads_elsewhere_is_not_fetched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,82 +232,6 @@ def test_a_mirror_whose_name_leads_elsewhere_is_not_fetched(
     assert commands.mirror([url, str(tmp_path / "copies/copy")]) == 2
     assert f"{url}/../mine names a directory outside {url}" in capsys.readouterr().err
     assert list((tmp_path / "copies").iterdir()) == []
-
-
-@pytest.fixture
-def trained_dir(tmp_path: Path) -> Path:
-    """RUN/memory, complete, with a checkpoint."""
-    output = tmp_path / "run/memory"
-    toy_stage.run(toy_stage.Config(output=output), World())
-    step = output / "checkpoints/step-00000010"
-    step.mkdir(parents=True)
-    (step / "weights.pt").write_bytes(b"weights")
-    values = {"format": "mlpmem-checkpoint", "files": [record_file(step, "weights.pt").to_json()]}
-    publish_json(step / "manifest.json", values, seal=True)
-    return output
-
-
-@pytest.mark.parametrize("is_run", [False, True], ids=["stage", "run"])
-def test_checkpoints_are_fetched_and_verified_with_their_training(
-    trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_run: bool
-) -> None:
-    """Of a finished one, if they are asked for. The same command again continues, and finds all there."""
-    source = trained_dir.parent if is_run else trained_dir
-    url, copy = f"file://{tmp_path}/store/{source.name}", tmp_path / "copy"
-    run(["mirror", source, url, "--checkpoints"])
-    run(["mirror", url, tmp_path / "alone"])
-    assert list((tmp_path / "alone").rglob("manifest.json")) and not list(
-        (tmp_path / "alone").rglob("step-*")
-    )
-    for _ in range(2):
-        run(["mirror", url, copy, "--checkpoints"])
-        assert toy_stage.result_of(copy) == toy_stage.result_of(source)
-    run(["mirror", url, "--verify"])
-    capsys.readouterr()
-    step = "checkpoints/step-00000010"
-    place = tmp_path / "store" / trained_dir.relative_to(source.parent) / step
-    (place / "weights.pt").write_bytes(b"weightz")
-    assert commands.mirror([url, "--verify"]) == 2
-    assert f"{step}/weights.pt does not have its checksum" in capsys.readouterr().err
-    (place / FILES).unlink()
-    assert commands.mirror([url, "--verify"]) == 2
-    assert f"{step} is not whole" in capsys.readouterr().err
-
-
-def test_checkpoints_of_a_training_that_is_not_whole_are_not_all_of_it(
-    trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    url = f"file://{tmp_path}/store/memory"
-    run(["mirror", trained_dir, url, "--checkpoints"])
-    (tmp_path / "store/memory" / FILES).unlink()
-    assert commands.mirror([url, "--verify"]) == 2
-    assert f"{url} is not whole" in capsys.readouterr().err
-
-
-def test_a_training_is_watched_until_its_checkpoints_are_there_too(
-    trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is complete at the second look, of which a checkpoint cannot be sent."""
-    url, later, looks, send = f"file://{tmp_path}/store/memory", tmp_path / "later", [1], push.send_file
-    later.mkdir()
-    for name in ("manifest.json", "checkpoints"):
-        (trained_dir / name).rename(later / name)
-
-    def failing(store: Store, name: str, path: Path, expected: FileRecord | None) -> FileRecord:
-        if name == "weights.pt" and looks == [2]:
-            raise UserError("the store cannot be reached")
-        return send(store, name, path, expected)
-
-    def pause(seconds: float) -> None:
-        looks[0] += 1
-        assert looks[0] <= 3
-        for path in later.iterdir():
-            path.rename(trained_dir / path.name)
-
-    monkeypatch.setattr(push, "send_file", failing)
-    monkeypatch.setattr(mirror.time, "sleep", pause)
-    run(["mirror", trained_dir, url, "--watch", "--checkpoints"])
-    assert looks == [3] and Store(url).read("checkpoints/step-00000010/" + FILES) is not None
 
 
 @pytest.mark.parametrize("fails_at", ["3", None], ids=["at work", "whole"])
