@@ -117,13 +117,13 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
     """
     if not path.is_dir():
         raise UserError(f"{path} is no directory: give a stage's, a run's, or a URL")
-    if (kind := _kind_of(path)) is not None:
+    if (kind := kind_of(path)) is not None:
         found = [(path, kind)]
     else:
         found = [
             (folder, kind)
             for folder, _ in folders_with(path, (IDENTITY, EXPORT))
-            if (kind := _kind_of(folder)) is not None and not _is_passing_stage(folder)
+            if (kind := kind_of(folder)) is not None and not _is_passing_stage(folder)
         ]
     if not found:
         return [LocalDirectory(root=path, name="", kind="plain")]
@@ -137,7 +137,7 @@ def directories_in(path: Path, *, checkpoints: bool = False) -> list[LocalDirect
     ]
 
 
-def _kind_of(root: Path) -> Kind | None:
+def kind_of(root: Path) -> Kind | None:
     """None where no file says that it is ours: models, pages and data sets have a `manifest.json` too. One
     that says so is enough: a stage with a damaged identity is not sent as a directory of another program."""
     if not ((root / EXPORT).is_file() or any(is_own_directory(root, name) for name in (IDENTITY, MANIFEST))):

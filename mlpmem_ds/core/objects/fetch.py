@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from mlpmem_ds.core.claims import claim_alone
 from mlpmem_ds.core.errors import DamagedDataError, UserError
 from mlpmem_ds.core.files import FileRecord, fault_of_content, fault_of_file, flush, naming
-from mlpmem_ds.core.objects.contents import CHECKPOINTS, IDENTITY
+from mlpmem_ds.core.objects.contents import CHECKPOINTS, IDENTITY, LocalDirectory, kind_of
 from mlpmem_ds.core.objects.listing import LAST_FILES, Listing, require_listing
 from mlpmem_ds.core.objects.parts import PART_BYTES, in_order
 from mlpmem_ds.core.objects.store import Store
@@ -147,10 +147,11 @@ def not_whole(root: Path, records: Iterable[FileRecord], *, threads: int = THREA
         return [record for record, fault in faults if fault is not None]
 
 
-def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> Listing:
+def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS, replace: bool = False) -> Listing:
     """A whole mirror as a local directory, which is complete at the end and not before.
 
-    Files that are there are compared with their checksums, and fetched where they differ.
+    Files that are there are compared with their checksums, and fetched where they differ: of what says
+    itself that it is this directory, by its identity or its list of files, and of any other with `replace`.
 
     Raises:
         UserError: no whole mirror, too little space, the directory is another one, or another process is
@@ -164,7 +165,7 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
     refusal = f"another process is fetching into {root}: wait until it has ended, or give another directory"
     try:
         with claim_alone(root / ".fetch.claim", refusal=refusal):
-            _fetch_what_differs(store, listing, root, threads)
+            _fetch_what_differs(store, listing, root, threads, replace=replace)
     except UserError:
         if is_new:
             with contextlib.suppress(OSError):  # what was fetched stays
@@ -173,8 +174,14 @@ def pull(store: Store, root: Path, *, flag: str, threads: int = THREADS) -> List
     return listing
 
 
-def _fetch_what_differs(store: Store, listing: Listing, root: Path, threads: int) -> None:
+def _fetch_what_differs(store: Store, listing: Listing, root: Path, threads: int, *, replace: bool) -> None:
     missing = not_whole(root, listing.files, threads=threads)
+    others = [record for record in missing if (root / record.name).exists()]
+    if others and not (replace or _is_of(root, listing) or _is_list_alone(others, missing, listing)):
+        raise UserError(
+            f"{root} holds another {others[0].name} than {store.url}, of another directory or damaged: give"
+            " another directory, or --replace what is there"
+        )
     needed = bytes_to_write(root, missing) - sum(_size_of(root / record.name) for record in missing)
     free = shutil.disk_usage(root).free
     if needed > free:
@@ -188,6 +195,18 @@ def _fetch_what_differs(store: Store, listing: Listing, root: Path, threads: int
     for record in last:
         fetch_file(store, record, root)
     flush(root)
+
+
+def _is_of(root: Path, listing: Listing) -> bool:
+    """Whether a directory says itself that it is the one that was mirrored; one of another program does
+    not."""
+    kind = kind_of(root)
+    return kind is not None and LocalDirectory(root=root, name="", kind=kind).of() == listing.of
+
+
+def _is_list_alone(others: list[FileRecord], missing: list[FileRecord], listing: Listing) -> bool:
+    """Whether of all files that are there the directory's own list alone is another: it is damaged."""
+    return [record.sha256 for record in others] == [listing.of] and len(missing) < len(listing.files)
 
 
 def _refuse_other(root: Path, store: Store, listing: Listing) -> None:

@@ -35,7 +35,9 @@ class Config(Flags):
         "of a URL alone: read every object and compare its checksum; after sending: the same", False
     )
     replace: bool = option(
-        "send all anew where the URL has a whole mirror, or that of another directory", False
+        "send all anew where the URL has a whole mirror, or that of another directory; fetch over another"
+        " export, checkpoint or model",
+        False,
     )
     checkpoints: bool = option(
         "send a training's checkpoints too; fetch those of a finished training too", False
@@ -62,10 +64,13 @@ class Config(Flags):
                 f"{self.source} and {self.target} are {kind}: give a directory and a URL, such as"
                 " s3://bucket/run"
             )
-        if self.from_url is not None and (self.watch or self.replace):
-            raise UserError("--watch and --replace go with DIRECTORY URL, which sends")
-        if self.target is None and self.checkpoints:
-            raise UserError("URL --verify reads the checkpoints too: leave out --checkpoints")
+        if self.from_url is not None and self.watch:
+            raise UserError("--watch goes with DIRECTORY URL, which sends")
+        if self.target is None and (self.checkpoints or self.replace):
+            raise UserError(
+                "URL --verify reads the checkpoints too, and changes nothing: leave out --checkpoints and"
+                " --replace"
+            )
 
     @property
     def from_url(self) -> str | None:

@@ -242,7 +242,8 @@ def _fetch(url: str, target: Path, config: Config) -> str:
         if name in finished or is_passing_name(name, names):
             continue
         start = time.monotonic()
-        listing = pull(store, target / name if name else target, flag="SOURCE", threads=config.threads)
+        place = target / name if name else target
+        listing = pull(store, place, flag="SOURCE", threads=config.threads, replace=config.replace)
         seconds = time.monotonic() - start
         lines.append(
             f"{store.url}: {len(listing.files):,} files, {size_in_words(listing.num_bytes)} in"

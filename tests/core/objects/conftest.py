@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core import files
+from mlpmem_ds.core.files import publish_json, record_file
 from mlpmem_ds.core.objects.cache import Cache
 from mlpmem_ds.core.objects.contents import directories_in
 from mlpmem_ds.core.objects.push import Push
@@ -64,6 +65,25 @@ def stage_dir(tmp_path: Path) -> Path:
     """A complete directory of the toy stage: five units."""
     run(Config(output=tmp_path / "stage"), World())
     return tmp_path / "stage"
+
+
+LISTS = {
+    "export": ("mlpmem_export.json", "mlpmem-export"),
+    "checkpoint": ("manifest.json", "mlpmem-checkpoint"),
+}
+"""kind → the name and the format of its list of files"""
+
+
+def small_directory(root: Path, kind: str, content: str = "content") -> Path:
+    """Three files of this content: an export, a checkpoint, or a model of another program."""
+    root.mkdir()
+    for number in range(3):
+        (root / f"part-{number}.npy").write_text(f"{content} {number}")
+    if kind in LISTS:
+        name, format_name = LISTS[kind]
+        files = [record_file(root, path.name).to_json() for path in sorted(root.iterdir())]
+        publish_json(root / name, {"format": format_name, "files": files}, seal=True)
+    return root
 
 
 def push(root: Path, url: str) -> int:

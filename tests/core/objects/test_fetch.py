@@ -22,7 +22,7 @@ from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
 
 from ..toy_stage import result_of
-from .conftest import CountingStore
+from .conftest import LISTS, CountingStore, flip, push, small_directory
 
 
 class RangeStore(Store):
@@ -208,6 +208,43 @@ def test_a_directory_of_something_else_is_not_written_into(
     (stage_dir / "identity.json").write_text("{}")
     with pytest.raises(UserError, match="is of another run"):
         pull(Store(memory_url), stage_dir, flag="SOURCE")
+
+
+@pytest.mark.parametrize("kind", [*LISTS, "model"])
+def test_another_directory_with_files_of_the_same_names_is_not_replaced(
+    memory_url: str, tmp_path: Path, kind: str
+) -> None:
+    own, other = (small_directory(tmp_path / name, kind, name) for name in ("own", "other"))
+    push(other, memory_url)
+    before = result_of(own)
+    with pytest.raises(UserError, match=r"own holds another .* than .*, or --replace what is there"):
+        pull(Store(memory_url), own, flag="SOURCE")
+    assert result_of(own) == before
+    pull(Store(memory_url), own, flag="SOURCE", replace=True)
+    assert result_of(own) == result_of(other)
+
+
+@pytest.mark.parametrize("name", ["part-1.npy", "the list"])
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_damaged_file_of_a_directory_that_lists_its_files_is_fetched_again(
+    memory_url: str, tmp_path: Path, kind: str, name: str
+) -> None:
+    root, copy = small_directory(tmp_path / "root", kind), tmp_path / "copy"
+    push(root, memory_url)
+    shutil.copytree(root, copy)
+    flip(copy / (LISTS[kind][0] if name == "the list" else name))
+    pull(Store(memory_url), copy, flag="SOURCE")
+    assert result_of(copy) == result_of(root)
+
+
+@pytest.mark.parametrize("kind", [*LISTS, "model"])
+def test_an_interrupted_pull_is_of_no_other_directory(memory_url: str, tmp_path: Path, kind: str) -> None:
+    root, copy = small_directory(tmp_path / "root", kind), tmp_path / "copy"
+    push(root, memory_url)
+    with pytest.raises(KeyboardInterrupt):
+        pull(CountingStore(memory_url, fails_at="part-1.npy"), copy, flag="SOURCE", threads=1)
+    pull(Store(memory_url), copy, flag="SOURCE")
+    assert result_of(copy) == result_of(root)
 
 
 def rename_in_list(store: Store, name: str, other: str) -> None:

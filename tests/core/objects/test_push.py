@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
-from mlpmem_ds.core.files import FileRecord, publish_json, record_file
+from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.objects import push
 from mlpmem_ds.core.objects.contents import LocalDirectory, directories_in
 from mlpmem_ds.core.objects.fetch import pull
@@ -20,7 +20,7 @@ from mlpmem_ds.core.objects.verify import verify
 from mlpmem_ds.core.world import World
 
 from ..toy_stage import Config, result_of, run
-from .conftest import CountingStore
+from .conftest import LISTS, CountingStore, small_directory
 
 
 def directory_of(root: Path) -> LocalDirectory:
@@ -138,26 +138,11 @@ def test_a_damaged_file_is_not_sent(memory_url: str, stage_dir: Path) -> None:
     assert read_listing(Store(memory_url)) is None
 
 
-LISTS_OF_FILES = {
-    "stage": ("manifest.json", "mlpmem-toy"),
-    "export": ("mlpmem_export.json", "mlpmem-export"),
-    "checkpoint": ("manifest.json", "mlpmem-checkpoint"),
-}
-
-
-@pytest.fixture(params=LISTS_OF_FILES)
+@pytest.fixture(params=["stage", *LISTS])
 def listed_dir(request: pytest.FixtureRequest, stage_dir: Path, tmp_path: Path) -> Path:
     """A complete directory of each kind that lists its files; `part-1.npy` is one of them."""
-    if request.param == "stage":
-        return stage_dir
-    root = tmp_path / str(request.param)
-    root.mkdir()
-    for number in range(3):
-        shutil.copy(stage_dir / f"part-{number}.npy", root)
-    files = [record_file(root, path.name).to_json() for path in sorted(root.iterdir())]
-    name, format_name = LISTS_OF_FILES[request.param]
-    publish_json(root / name, {"format": format_name, "files": files}, seal=True)
-    return root
+    kind = str(request.param)
+    return stage_dir if kind == "stage" else small_directory(tmp_path / kind, kind)
 
 
 @pytest.mark.parametrize("was_sent", [False, True], ids=["never sent", "sent before"])
@@ -195,7 +180,7 @@ def test_a_directory_that_lacks_a_file_does_not_replace_a_whole_mirror(
     assert verify(Store(memory_url), flag="SOURCE").faults == ()
 
 
-@pytest.mark.parametrize("listed_dir", ["export", "checkpoint"], indirect=True)
+@pytest.mark.parametrize("listed_dir", LISTS, indirect=True)
 def test_a_directory_that_is_removed_meanwhile_is_not_damaged(
     memory_url: str, listed_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

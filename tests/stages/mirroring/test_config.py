@@ -29,7 +29,8 @@ def test_the_urls_say_which_way_it_goes() -> None:
         ({"source": "run", "target": "copy"}, "two local paths"),
         ({"source": "run", "target": "s3://b/x", "watch_seconds": 3.0}, "--watch-seconds is of --watch: add"),
         ({"source": "s3://b/x", "target": "s3://b/y"}, "two URLs"),
-        ({"source": "s3://b/x", "target": "y", "watch": True}, "go with DIRECTORY URL"),
+        ({"source": "s3://b/x", "target": "y", "watch": True}, "--watch goes with DIRECTORY URL"),
+        ({"source": "s3://b/x", "verify": True, "replace": True}, "changes nothing: leave out"),
     ],
 )
 def test_what_does_not_fit_is_refused(flags: dict[str, object], said: str) -> None:
