@@ -35,7 +35,6 @@ from mlpmem_ds.formats.checkpoint import (
 from mlpmem_ds.formats.trained_models import PROVENANCE_FIELD, deciding_provenance
 
 _logger = logging.getLogger(__name__)
-_BYTES_OF_A_PARAMETER = 14  # float32 master weight and two moments, bfloat16 weight
 
 
 def save_checkpoint(
@@ -44,7 +43,7 @@ def save_checkpoint(
     *,
     write: Callable[[str], Any],
     describe: Callable[[tuple[FileRecord, ...]], CheckpointManifest],
-    num_parameters: int,
+    num_bytes: int,
     keep: int,
     world: World,
     begin_copy: Callable[[Path], Collection[Path]] | None = None,
@@ -56,7 +55,7 @@ def save_checkpoint(
         step: optimizer steps done.
         write: writes this rank's files into the folder of this name below `root`.
         describe: the manifest of these files.
-        num_parameters: of the whole model; tells whether the disk can hold it.
+        num_bytes: that all ranks' files will take, about; tells whether the disk can hold them.
         keep: checkpoints kept.
         world: this rank.
         begin_copy: called on rank 0 with the published checkpoint, before older ones are removed; starts a
@@ -66,7 +65,7 @@ def save_checkpoint(
         UserError: the disk is full, or refuses the files for another reason; older checkpoints stay.
     """
     place = root / (checkpoint_name(step) + ".tmp")
-    fault = _prepare_place(root, num_parameters * _BYTES_OF_A_PARAMETER) if world.is_first else None
+    fault = _prepare_place(root, num_bytes) if world.is_first else None
     if fault := gather_values(fault, world)[0]:
         raise UserError(fault)
     try:

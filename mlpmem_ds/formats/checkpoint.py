@@ -39,6 +39,12 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def bytes_of_parameter(weight_bytes: int, *, zero_stage: int) -> int:
+    """Of a trained parameter in DeepSpeed's files: its float32 weight and two moments, and below ZeRO 3 also
+    the weight that the forward reads, of `weight_bytes`."""
+    return 12 if zero_stage == 3 else 12 + weight_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest(Manifest):
     """A checkpoint of `world` ranks: `subject` what is trained, and by which run (a checkpoint of another

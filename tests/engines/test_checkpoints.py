@@ -17,7 +17,7 @@ from mlpmem_ds.formats.checkpoint import list_checkpoints
 from ..manifests import checkpoint_manifest
 
 
-def save(root, step, *, content=b"weights", keep=9, num_parameters=10, **subject):
+def save(root, step, *, content=b"weights", keep=9, num_bytes=10, **subject):
     def write(name):
         (root / name / "inside").mkdir(parents=True)
         (root / name / "inside" / "rank0.pt").write_bytes(content)
@@ -27,7 +27,7 @@ def save(root, step, *, content=b"weights", keep=9, num_parameters=10, **subject
         return checkpoint_manifest(step=step, values={"batches": step}, subject=subject_of_all, files=files)
 
     return save_checkpoint(
-        root, step, write=write, describe=describe, num_parameters=num_parameters, keep=keep, world=World()
+        root, step, write=write, describe=describe, num_bytes=num_bytes, keep=keep, world=World()
     )
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):
         usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match="files need 1.40 GB.*has [0-9.]+ bytes free"):
-            save(root, 5, num_parameters=10**8)
+            save(root, 5, num_bytes=14 * 10**8)
 
     def refuse(source, target):
         raise OSError(28, "No space left on device")
@@ -231,7 +231,7 @@ def test_two_ranks_with_stale_listings_publish_all_files_and_find_the_same(tmp_p
         def describe(files):
             return checkpoint_manifest(step=3, world=2, files=files)
 
-        save_checkpoint(root, 3, write=write, describe=describe, num_parameters=1, keep=2, world=world)
+        save_checkpoint(root, 3, write=write, describe=describe, num_bytes=1, keep=2, world=world)
         found[rank] = find_checkpoint(root, copies=None, subject={}, world=world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]

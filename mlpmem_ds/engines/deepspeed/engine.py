@@ -34,7 +34,12 @@ from mlpmem_ds.engines.deepspeed.zero_state import (
 )
 from mlpmem_ds.engines.devices import device_of_rank
 from mlpmem_ds.engines.processes import gather_values, sum_over_ranks, wait_for_all
-from mlpmem_ds.formats.checkpoint import BEST_WEIGHTS, Checkpoint, CheckpointManifest
+from mlpmem_ds.formats.checkpoint import (
+    BEST_WEIGHTS,
+    Checkpoint,
+    CheckpointManifest,
+    bytes_of_parameter,
+)
 from mlpmem_ds.formats.weight_shards import WeightFiles
 
 _logger = logging.getLogger(__name__)
@@ -192,6 +197,12 @@ class Engine:
                 files=files,
             )
 
+        num_parameters = sum(
+            whole_size(parameter)
+            for parameter in self.module.parameters()
+            if parameter.requires_grad or self._keeps_frozen
+        )
+
         def write(tag: str) -> None:
             self._write_checkpoint(root, tag, step)
             if best is not None and self._world.is_first:
@@ -202,11 +213,7 @@ class Engine:
             step,
             write=write,
             describe=describe,
-            num_parameters=sum(
-                whole_size(parameter)
-                for parameter in self.module.parameters()
-                if parameter.requires_grad or self._keeps_frozen
-            ),
+            num_bytes=num_parameters * bytes_of_parameter(self.dtype.itemsize, zero_stage=self.stage),
             keep=keep,
             world=self._world,
             begin_copy=begin_copy,

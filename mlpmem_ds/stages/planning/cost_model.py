@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from mlpmem_ds.maths.exact_limit import max_keys_for_exact
 from mlpmem_ds.stages.index.factory import training_operations
@@ -32,6 +33,7 @@ from mlpmem_ds.stages.planning.rank_memory import (
     training_memory,
 )
 from mlpmem_ds.stages.planning.sizes_on_disk import (
+    checkpoint_bytes,
     corpus_bytes,
     index_bytes,
     key_bytes,
@@ -84,7 +86,8 @@ class Cost:
             shared by the ranks of a machine, and more memory than that only saves reading.
         rank_gpu_bytes: that a rank holds on its GPU, without a batch; 0 for what takes as much as there is.
         gpu_hours: of all GPUs; None as `seconds`.
-        temporary_bytes: on disk while the stage runs.
+        temporary_bytes: more that is on disk while the stage runs: the lists of the targets, the checkpoint
+            that a training saves before it removes an older one.
     """
 
     bytes: int
@@ -110,8 +113,9 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
         "keys": (key_bytes, key_memory),
         "index": (index_bytes, index_memory),
         "targets": (target_bytes, target_memory),
-        "memory": (memory_bytes, training_memory),
+        "memory": (partial(memory_bytes, machine=machine), training_memory),
     }
+    temporary = {"targets": list_bytes(work), "memory": checkpoint_bytes(work, machine)}
     result = {}
     for stage, (bytes_of, memory_of) in formulas.items():
         limit = limit_of(stage, work, machine)
@@ -128,7 +132,7 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
             rank_memory_bytes=memory_of(work, machine),
             rank_gpu_bytes=gpu_bytes(stage, work, machine),
             gpu_hours=None if limit else seconds * gpus / 3600,
-            temporary_bytes=list_bytes(work) if stage == "targets" else 0,
+            temporary_bytes=temporary.get(stage, 0),
             limit=limit,
         )
     return result
@@ -136,7 +140,7 @@ def costs(work: Workload, machine: Machine, calibration: Calibration | None = No
 
 def bytes_moved(stage: str, work: Workload, machine: Machine) -> float:
     """Bytes that a stage reads from the disk and writes to it; files that fit in memory are read once."""
-    total = moved(stage, work)
+    total = moved(stage, work, machine)
     if stage == "memory" and total.read <= max(1.0, work.epochs) * machine.memory_bytes:
         return total.read / max(1.0, work.epochs) + total.written
     return total.read + total.written
@@ -229,7 +233,7 @@ def _seconds_of_targets(work: Workload, machine: Machine) -> dict[str, float]:
     if sent := sent_bytes(work, machine.ranks):
         answers = owners_of_query(work, machine.ranks) * work.positions * work.k
         rows += answers * _SECONDS_OF_ANSWER / cores + sent / machine.network_rate
-    hashing = moved("targets", work).hashed / (_CORE_HASHED * machine.ranks)
+    hashing = moved("targets", work, machine).hashed / (_CORE_HASHED * machine.ranks)
     if machine.gpus:
         return {
             "targets": _comparing(operations("targets", work), work, machine, machine.gpus) + rows + hashing

@@ -19,7 +19,7 @@ from mlpmem_ds.stages.planning.sizes_on_disk import (
     memory_bytes,
     target_bytes,
 )
-from mlpmem_ds.stages.planning.workload import Workload
+from mlpmem_ds.stages.planning.workload import Machine, Workload
 
 LIST_IMBALANCE = 1.3
 """keys met in the lists that a query probes, over keys of as many average lists"""
@@ -106,7 +106,7 @@ def body_operations(work: Workload) -> float:
     return 2.0 * max(0, work.parameters - work.vocab_size * work.width) * work.tokens_read
 
 
-def moved(stage: str, work: Workload) -> Moved:
+def moved(stage: str, work: Workload, machine: Machine) -> Moved:
     """The bytes that a stage reads, writes and hashes."""
     keys = float(work.stored_key_bytes)
     if stage == "corpus":
@@ -122,12 +122,13 @@ def moved(stage: str, work: Workload) -> Moved:
         read = (2 * keys if lists else keys) + index + values + lists
         return Moved(read=read, written=lists + target_bytes(work), hashed=keys + index + values)
     read = key_bytes(work) - keys + target_bytes(work)
-    return Moved(read=max(1.0, work.epochs) * read, written=memory_bytes(work), hashed=0.0)
+    return Moved(read=max(1.0, work.epochs) * read, written=memory_bytes(work, machine), hashed=0.0)
 
 
 def num_files(stage: str, work: Workload, *, ranks: int = 1) -> int:
     """That a complete stage leaves, with the records of its units and without logs; of a corpus those of its
-    training text, of a training with its checkpoints, to which each of the `ranks` adds a file."""
+    training text, of a training with its checkpoints, to which each of the `ranks` adds a file (with ZeRO 3
+    two)."""
     if stage == "corpus":
         return 3 * math.ceil(work.positions / _POSITIONS_OF_CORPUS_UNIT) + _OTHER_FILES_OF_CORPUS
     inputs = {"none": 0, "bf16": 1, "int8": 2}[work.input_codec]

@@ -49,11 +49,16 @@ def shortages(costs: dict[str, Cost], machine: Machine) -> list[str]:
         if cost.rank_gpu_bytes > machine.gpu_bytes_of_rank
     ]
     total = sum(cost.bytes for cost in costs.values())
-    temporary = max(cost.temporary_bytes for cost in costs.values())
+    stage = max(costs, key=lambda name: costs[name].temporary_bytes)
+    temporary = costs[stage].temporary_bytes
     if total + temporary > machine.disk_bytes:
+        more = f"{bytes_in_words(temporary)} more while"
+        needs = {
+            "targets": f"the targets need {more} they are written (elsewhere: write_targets --lists)",
+            "memory": f"the training needs {more} it saves a checkpoint (fewer: train --keep-checkpoints)",
+        }
         lines.append(
-            f"all stages together leave {bytes_in_words(total)}, the targets need {bytes_in_words(temporary)}"
-            f" more while they are written (elsewhere: write_targets --lists), and the disk has"
+            f"all stages together leave {bytes_in_words(total)}, {needs[stage]}, and the disk has"
             f" {bytes_in_words(machine.disk_bytes)}: a larger disk, a smaller --dim, --input-codec int8"
             " or none, or --encoding compact"
         )

@@ -107,12 +107,8 @@ def key_memory(work: Workload, machine: Machine) -> int:
 
 
 def base_bytes(work: Workload, machine: Machine) -> int:
-    """The base's weights: float32 on a CPU, bfloat16 on a GPU."""
-    return _weight_bytes(machine) * work.parameters
-
-
-def _weight_bytes(machine: Machine) -> int:
-    return 2 if machine.gpus else 4
+    """The base's weights."""
+    return machine.weight_bytes * work.parameters
 
 
 def training_memory(work: Workload, machine: Machine) -> int:
@@ -127,7 +123,7 @@ def trained_bytes(work: Workload, machine: Machine) -> int:
     state = math.ceil(work.memory.num_parameters() * _TRAINING_BYTES / machine.ranks)
     if work.input_codec == "none":  # the head that is shared is the base's own tensor
         return state + base_bytes(work, machine)
-    return state + _weight_bytes(machine) * work.memory.num_shared_parameters()
+    return state + machine.weight_bytes * work.memory.num_shared_parameters()
 
 
 def gpu_bytes(stage: str, work: Workload, machine: Machine) -> int:

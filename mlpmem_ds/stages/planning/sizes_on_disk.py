@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from mlpmem_ds.formats.checkpoint import bytes_of_parameter
 from mlpmem_ds.formats.corpus import token_dtype
 from mlpmem_ds.formats.lists_directory import RunLayout, bytes_of_key_lists
 from mlpmem_ds.stages.index.factory import index_bytes as planned_index_bytes
 from mlpmem_ds.stages.keys.plan import bytes_of_position
-from mlpmem_ds.stages.planning.workload import Workload
+from mlpmem_ds.stages.planning.workload import Machine, Workload
 
 # A row of a target, measured on books (docs/LAB.md, "how faithful, how large"): 131 and 322 bytes at a
 # neighbour-weight perplexity of 30.3 and 309, twice as many with the exact encoding.
 _ROW_BYTES, _ROW_PERPLEXITY, _ROW_POWER = {"exact": 269.0, "compact": 131.0}, 30.3, 0.387
 _ENTRY_BYTES = {"exact": 3.0, "compact": 1.7}  # of an entry of a row of few neighbours
 _ROW_OVERHEAD_BYTES = 9
-_CHECKPOINT_BYTES = 12  # of a parameter: Adam's moments and the master weights
+_ZERO_STAGE = 2  # of the training, as in the time that it is given (cost_model.py)
 _WEIGHT_BYTES = 4  # of a parameter, in the published weights
 
 
@@ -44,9 +45,17 @@ def target_bytes(work: Workload) -> int:
     return round(work.positions * min(grown, largest))
 
 
-def memory_bytes(work: Workload) -> int:
-    """Checkpoints and the published weights of a training run."""
-    return work.memory.num_parameters() * (_CHECKPOINT_BYTES * work.keep_checkpoints + _WEIGHT_BYTES)
+def memory_bytes(work: Workload, machine: Machine) -> int:
+    """Checkpoints and the published weights of a training run, without best weights (`--select best`): of
+    those a checkpoint may hold its own."""
+    weights = _WEIGHT_BYTES * work.memory.num_parameters()
+    return work.keep_checkpoints * checkpoint_bytes(work, machine) + weights
+
+
+def checkpoint_bytes(work: Workload, machine: Machine) -> int:
+    """Of one checkpoint: so many more are on disk while it is saved, before the oldest goes."""
+    each = bytes_of_parameter(machine.weight_bytes, zero_stage=_ZERO_STAGE)
+    return work.memory.num_parameters() * each
 
 
 def list_bytes(work: Workload) -> int:

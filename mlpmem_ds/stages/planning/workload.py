@@ -149,6 +149,11 @@ class Machine:
         return -(-self.ranks // self.nodes)
 
     @property
+    def weight_bytes(self) -> int:
+        """Of a weight that is computed with: float32 on a CPU, bfloat16 on a GPU."""
+        return 2 if self.gpus else 4
+
+    @property
     def gpu_bytes_of_rank(self) -> float:
         """Of the GPUs that a rank has, or of its share of one."""
         return self.gpus / self.ranks * self.gpu_bytes

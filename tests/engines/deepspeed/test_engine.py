@@ -13,7 +13,7 @@ from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import engine
 from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, Engine, build_engine
-from mlpmem_ds.formats.checkpoint import Checkpoint
+from mlpmem_ds.formats.checkpoint import Checkpoint, bytes_of_parameter
 
 from ...manifests import checkpoint_manifest
 
@@ -89,6 +89,48 @@ def test_initial_weights_are_right_at_every_stage(tmp_path, forked_commands):
                 assert tensor.std().item() == pytest.approx(expected, rel=0.05), (name, key)
     for key, tensor in weights["stage0False"].items():
         assert torch.equal(tensor, weights["stage3False"][key]), key
+
+
+CHECKPOINTS = """
+import json, sys
+from pathlib import Path
+import torch
+from mlpmem_ds.core.shipped import ds_configs
+from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.deepspeed.config import resolve_ds_config
+from mlpmem_ds.engines.deepspeed.engine import AdamWSettings, build_engine
+from mlpmem_ds.engines.deepspeed.process_group import set_up_distributed
+set_up_distributed(World())
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1000, 1500), 0.1))
+    def forward(self, inputs):
+        return ((inputs.to(self.weight.dtype) @ self.weight).float().square().mean(),)
+for name in json.loads(sys.argv[1]):
+    config = resolve_ds_config(ds_configs() / f"{name}.json", batch=4, batch_flag="--b", world_size=1,
+                               max_micro_batch=4, gradient_clipping=1.0)
+    built = build_engine(Model, config=config, settings=AdamWSettings(), seed=3, world=World())
+    built.train_step([(torch.ones(4, 1000),)], 0.001)
+    built.save(Path(sys.argv[2]) / name, 1, subject={}, values={}, keep=1)
+"""
+
+
+def test_a_checkpoint_takes_as_many_bytes_as_are_asked_of_the_disk(tmp_path, forked_commands):
+    expected = {"zero1": (2, 1), "zero2": (2, 2), "cpu": (4, 2), "zero3": (2, 3)}
+    (tmp_path / "script.py").write_text(CHECKPOINTS)
+    result = subprocess.run(
+        [forked_commands / "python", str(tmp_path / "script.py"), json.dumps([*expected]), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    for name, (weight_bytes, stage) in expected.items():
+        found = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
+        each = bytes_of_parameter(weight_bytes, zero_stage=stage)
+        assert found / 1_500_000 == pytest.approx(each, rel=0.02), name
 
 
 def test_a_whole_model_is_made_on_the_device_that_computes(monkeypatch):

@@ -24,7 +24,7 @@ from mlpmem_ds.stages.keys import extract_keys
 from mlpmem_ds.stages.planning import plan
 from mlpmem_ds.stages.planning.counts import moved, num_files, operations
 from mlpmem_ds.stages.planning.rank_memory import gpu_bytes, reader_memory, training_memory
-from mlpmem_ds.stages.planning.sizes_on_disk import list_bytes
+from mlpmem_ds.stages.planning.sizes_on_disk import list_bytes, memory_bytes
 from mlpmem_ds.stages.planning.workload import Machine, Workload
 from mlpmem_ds.stages.targets import write_targets
 from mlpmem_ds.stages.training import train
@@ -34,6 +34,7 @@ from .operation_counter import OperationCounter, counted_distances
 
 CLOSE = {"rel": 0.3}
 WIDTH = 96
+MACHINE = Machine(ranks=1, cores=1, gpus=0, gpu_flops=1e12, memory_bytes=10**10, disk_bytes=10**10)
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +137,12 @@ def test_bytes_and_files_are_those_on_the_disk(run: dict[str, Any]) -> None:
     listed = json.loads((root / "corpus" / "manifest.json").read_text())["files"]
     other_splits = [file for file in listed if file["name"].startswith(("tuning/", "test/", "heldout/"))]
     assert num_files("corpus", work) == files_of(root / "corpus") - len(other_splits)
-    assert moved("keys", work).written == pytest.approx(bytes_of(root / "keys"), **CLOSE)
+    assert moved("keys", work, MACHINE).written == pytest.approx(bytes_of(root / "keys"), **CLOSE)
     lists = sum(path.stat().st_size for path in (root / "lists").rglob("*.npy"))
     assert list_bytes(work) == pytest.approx(lists, **CLOSE)
     # Lists are read once, and the keys twice: to bring them into that order, and as queries.
     keys = sum(path.stat().st_size for path in (root / "keys").glob("keys-*.npy"))
-    assert moved("targets", work).read > lists + 2 * keys
+    assert moved("targets", work, MACHINE).read > lists + 2 * keys
 
 
 @pytest.fixture
@@ -187,15 +188,17 @@ def test_a_training_is_six_operations_a_parameter_and_row(
     assert planned == pytest.approx(counted, **CLOSE)
     left = [path for part in ("checkpoints/*/*", "weights/*", "done/*") for path in config.output.glob(part)]
     kept = len(list_checkpoints(config.output / "checkpoints"))
-    assert num_files("memory", replace(work, keep_checkpoints=kept)) == len(left)
+    as_left = replace(work, memory=memory, keep_checkpoints=kept)
+    assert num_files("memory", as_left) == len(left)
+    found = sum(path.stat().st_size for path in left)
+    assert memory_bytes(as_left, MACHINE) == pytest.approx(found, rel=0.05)
 
 
 def test_a_base_next_to_the_training_is_float32_on_a_cpu_and_bfloat16_on_a_gpu(run: dict[str, Any]) -> None:
     stored, online = work_of(run), work_of(run, input_codec="none")
-    machine = Machine(ranks=1, cores=1, gpus=0, gpu_flops=1e12, memory_bytes=10**10, disk_bytes=10**10)
-    on_cpu = training_memory(online, machine) - training_memory(stored, machine)
+    on_cpu = training_memory(online, MACHINE) - training_memory(stored, MACHINE)
     assert on_cpu == 4 * online.parameters
-    on_gpu = replace(machine, gpus=1)
+    on_gpu = replace(MACHINE, gpus=1)
     more = gpu_bytes("memory", online, on_gpu) - gpu_bytes("memory", stored, on_gpu)
     assert more == 2 * online.parameters
     assert training_memory(online, on_gpu) == training_memory(stored, on_gpu)
@@ -210,10 +213,9 @@ def test_online_inputs_cost_the_base_again_in_each_epoch(run: dict[str, Any]) ->
 
 
 def test_the_readers_memory_is_two_windows_of_targets_over_the_ranks(run: dict[str, Any]) -> None:
-    machine = Machine(ranks=1, cores=1, gpus=0, gpu_flops=0.0, memory_bytes=1, disk_bytes=1)
     work = work_of(run, positions=5 * 10**9, neighbour_perplexity=300.0, k=1024)
     work = replace(work, block_size=1024, width=4096, shuffle_window_blocks=1024, batch_positions=16384)
-    one = reader_memory(work, machine)
+    one = reader_memory(work, MACHINE)
     assert one == pytest.approx(2 * 2.5e9 + 3 * 16384 * 8192, rel=0.05)
-    assert reader_memory(work, replace(machine, ranks=8)) == pytest.approx(one / 8)
-    assert np.isclose(one, reader_memory(replace(work, positions=2 * 10**11), machine))
+    assert reader_memory(work, replace(MACHINE, ranks=8)) == pytest.approx(one / 8)
+    assert np.isclose(one, reader_memory(replace(work, positions=2 * 10**11), MACHINE))

@@ -42,7 +42,11 @@ def test_bytes_follow_the_formats() -> None:
         num_blocks=4,
         vocab_size=SHAPE["vocab_size"],
     )
-    assert found["memory"].bytes == memory.num_parameters() * (2 * 12 + 4)
+    each = memory.num_parameters()
+    assert found["memory"].bytes == each * (2 * 16 + 4)  # two checkpoints in float32, and the weights
+    assert found["memory"].temporary_bytes == each * 16
+    on_gpus = plan.make_plan(config(gpus=1)).costs["memory"]
+    assert (on_gpus.bytes, on_gpus.temporary_bytes) == (each * (2 * 14 + 4), each * 14)
     assert (
         plan.make_plan(config(input_codec="none", codec="raw")).costs["keys"].bytes
         == (2 * 1536 + 4 + 4) * 10**8

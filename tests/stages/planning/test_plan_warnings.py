@@ -15,6 +15,14 @@ def test_what_does_not_fit_is_said_with_a_remedy() -> None:
     assert plan.make_plan(config(memory_gb=4.0)).work.factory.endswith("PQ16")
 
 
+def test_the_checkpoint_that_is_saved_before_an_older_one_goes_needs_disk() -> None:
+    flags = {"positions": 10**6, "search": "exact", "memory_gb": 1000.0}
+    left = sum(cost.bytes for cost in plan.make_plan(config(**flags)).costs.values())
+    (said,) = plan.make_plan(config(**flags, disk_gb=1.05 * left / 1e9)).warnings
+    assert "the training needs" in said and "while it saves a checkpoint" in said
+    assert not plan.make_plan(config(**flags, disk_gb=2 * left / 1e9)).warnings
+
+
 def test_a_base_or_a_memory_that_a_gpu_does_not_hold_is_said_with_a_remedy() -> None:
     base = {"parameters": 70e9, "width": 8192, "vocab_size": 128_256}
     flags = {"positions": 10**9, **base, "memory_gb": 2000.0, "disk_gb": 1e6, "threads": 8}
