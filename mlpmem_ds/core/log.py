@@ -196,6 +196,17 @@ def ranks_of_stage(root: Path) -> int | None:
     return max(seconds, key=lambda world: seconds[world], default=None)
 
 
+def ranks_of_machine(root: Path, world: int) -> int | None:
+    """The most ranks that a stage had on one machine when it was started as `world` of them; None where its
+    log.jsonl does not say it."""
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for event in read_events(root / "log.jsonl"):
+        words = str(event.get("process", "")).split()
+        if event["event"] == "started" and event.get("world") == world and len(words) > 1:
+            ranks[words[1]].add(event["rank"])  # by the boot: containers of one machine have other host names
+    return max(map(len, ranks.values()), default=None)
+
+
 class Progress:
     """Counts work done: a tqdm bar on a terminal, else a log line with rate and time left every ten seconds
     (rank 0)."""

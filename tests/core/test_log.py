@@ -10,6 +10,7 @@ from mlpmem_ds.core.log import (
     Progress,
     forget_begun,
     log_end,
+    ranks_of_machine,
     ranks_of_stage,
     read_events,
     seconds_of_stage,
@@ -141,6 +142,21 @@ def test_the_ranks_of_a_stage_are_those_that_were_at_work_longest(
             write(begin, rank, "started", world=ranks)
             write(begin + seconds, rank, "finished")
     assert ranks_of_stage(tmp_path) == 2
+
+
+def test_the_ranks_of_a_machine_are_the_most_that_its_boot_has_started(tmp_path: Path) -> None:
+    """Of starts as so many ranks; a continued one is not of more machines, nor are containers of one."""
+    assert ranks_of_machine(tmp_path, 3) is None
+    log = EventLog(tmp_path / "log.jsonl", World(rank=0, size=3))
+    log.write("started", world=3)  # as an earlier program wrote it
+    assert ranks_of_machine(tmp_path, 3) is None
+    for boots in (("a", "a", "b"), ("c", "c", "b")):
+        for rank, boot in enumerate(boots):
+            log = EventLog(tmp_path / "log.jsonl", World(rank=rank, size=3, is_on_first_host=boot != "b"))
+            log.begin(world=3, process=f"container-{rank} {boot} 12 345")
+    log.begin(world=9, process="container-0 a 12 345")
+    forget_begun()
+    assert ranks_of_machine(tmp_path, 3) == 2 and ranks_of_machine(tmp_path, 9) == 1
 
 
 def test_ranks_of_other_hosts_have_a_file_of_their_host(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import UserError
-from mlpmem_ds.core.log import ranks_of_stage, read_events, seconds_of_stage
+from mlpmem_ds.core.log import ranks_of_machine, ranks_of_stage, read_events, seconds_of_stage
 from mlpmem_ds.core.manifest import CompleteStage, read_stage
 from mlpmem_ds.core.run_description import flags_of_run, read_description
 from mlpmem_ds.formats.corpus import open_corpus
@@ -120,8 +120,9 @@ def calibrate(
 ) -> Calibration:
     """Measured over planned seconds of every stage that the run holds; `work` has the run's own sizes.
 
-    A stage's ranks are those that made it, with `threads` each, else this machine's cores over them; on a
-    machine with GPUs each had one. Without the base's parameters a stage that runs the base has no factor.
+    A stage's ranks are those that made it, with `threads` each, else this machine's cores over those of a
+    node; on a machine with GPUs each had one. Without the base's parameters a stage that runs the base has no
+    factor.
     """
     factors: dict[str, float] = {}
     for stage in run.stages:
@@ -129,7 +130,7 @@ def calibrate(
             continue
         root = run.root / stage
         ranks = ranks_of_stage(root) or int(read_description(root).get("world", 1))
-        planned = seconds_of(stage, work, _machine_of_run(machine, ranks, threads))
+        planned = seconds_of(stage, work, _machine_of_run(root, ranks, machine, threads))
         measured = _seconds_of_parts(root, stage, ranks)
         factors |= {part: measured[part] / planned[part] for part in planned if measured.get(part, 0) > 0}
     target_factor = 1.0
@@ -142,14 +143,17 @@ def _runs_base(stage: str, work: Workload) -> bool:
     return stage == "keys" or (stage == "memory" and work.input_codec == "none")
 
 
-def _machine_of_run(machine: Machine, ranks: int, threads: int | None) -> Machine:
-    """The planned machine with the ranks of a run: on one node, or as many a node as are planned."""
+def _machine_of_run(root: Path, ranks: int, planned: Machine, threads: int | None) -> Machine:
+    """The planned machine with the ranks of a stage of a run, on as many nodes as its log says; where it does
+    not, on one node, or as many a node as are planned."""
+    as_planned = ranks if planned.nodes == 1 else planned.ranks_of_node
+    nodes = -(-ranks // (ranks_of_machine(root, ranks) or as_planned))
     return dataclasses.replace(
-        machine,
+        planned,
         ranks=ranks,
-        cores=cores_of_rank(threads, ranks),
-        gpus=ranks if machine.gpus else 0,
-        nodes=1 if machine.nodes == 1 else -(-ranks // machine.ranks_of_node),
+        cores=cores_of_rank(threads, ranks=ranks, nodes=nodes),
+        gpus=ranks if planned.gpus else 0,
+        nodes=nodes,
     )
 
 

@@ -94,7 +94,7 @@ class Config(Flags):
     ranks: int = option("processes of each stage", 1, at_least=1, at_most=_MAX_SIZE)
     nodes: int = option("machines that the ranks are spread over", 1, at_least=1, at_most=_MAX_SIZE)
     threads: int | None = option(
-        "CPU threads of a rank (default: the cores of this machine over the ranks)",
+        "CPU threads of a rank (default: the cores of this machine over the ranks of a node)",
         None,
         at_least=1,
         at_most=MAX_THREADS,

@@ -159,6 +159,8 @@ class Machine:
         return self.gpus / self.ranks * self.gpu_bytes
 
 
-def cores_of_rank(threads: int | None, ranks: int) -> int:
-    """CPU threads of each of so many ranks: as asked, else this machine's cores over them."""
-    return threads or max(1, (os.cpu_count() or 1) // ranks)
+def cores_of_rank(threads: int | None, *, ranks: int, nodes: int) -> int:
+    """CPU threads of a rank: as asked, else this machine's cores over the ranks of a node, where each of the
+    nodes is like it."""
+    ranks_of_node = -(-ranks // nodes)
+    return threads or max(1, (os.cpu_count() or 1) // ranks_of_node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import socket
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from transformers import GPT2Config
 
 from mlpmem_ds.core.log import append_json_line
 from mlpmem_ds.models.shape import read_shape
-from mlpmem_ds.stages.planning import plan, table
+from mlpmem_ds.stages.planning import calibration, plan, table
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.workload import Machine
 
@@ -131,3 +132,21 @@ def test_the_ranks_are_those_of_the_start_that_did_the_work(run_dir: Path) -> No
         {"event": "finished", "time": 4e9},
     )
     assert calibrate(run, work, MACHINE, threads=1).seconds["keys"] == pytest.approx(before)
+
+
+def test_a_run_was_on_as_many_nodes_as_its_log_says(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node has cores of its own, and what is sent within one goes over its links."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    keys = run_dir / "keys"
+    of_one, of_four = (dataclasses.replace(MACHINE, ranks=8 * nodes, nodes=nodes) for nodes in (1, 4))
+    for num_nodes in (1, 2, 16):
+        (keys / "log.jsonl").unlink()
+        for rank in range(16):
+            started = {"event": "started", "time": 0.0, "world": 16}
+            log(keys, {**started, "rank": rank, "process": f"node boot-{rank % num_nodes} 7 9"})
+        for planned in (of_one, of_four):
+            found = calibration._machine_of_run(keys, 16, planned, None)
+            assert (found.ranks, found.nodes, found.cores) == (16, num_nodes, 4 * num_nodes)
+    (keys / "log.jsonl").unlink()  # then as planned
+    for planned, num_nodes in ((of_one, 1), (of_four, 2)):
+        assert calibration._machine_of_run(keys, 16, planned, None).nodes == num_nodes

@@ -19,7 +19,7 @@ from mlpmem_ds.formats.keys import open_keys
 from mlpmem_ds.formats.trained_models import MemoryManifest, TrainingResult
 from mlpmem_ds.models.memory_config import MemoryConfig
 from mlpmem_ds.models.shape import read_shape
-from mlpmem_ds.stages.planning import calibration, plan, table
+from mlpmem_ds.stages.planning import plan, table
 from mlpmem_ds.stages.planning.calibration import calibrate, read_run, sizes_of_run
 from mlpmem_ds.stages.planning.cost_model import STAGES, Calibration, costs, seconds_of
 from mlpmem_ds.stages.planning.counts import candidates, operations, owners_of_query, sent_bytes
@@ -105,11 +105,16 @@ def test_a_run_by_other_ranks_than_the_planned_ones_teaches_the_same_speed(
     assert alone == of_many
 
 
-def test_a_run_of_many_ranks_on_one_node_is_not_of_several() -> None:
-    """Planned with fewer ranks: its sums went over the links of one node."""
-    planned = Machine(ranks=1, cores=1, gpus=1, nodes=1, gpu_flops=1e12, memory_bytes=1e10, disk_bytes=1e10)
-    run = calibration._machine_of_run(planned, 8, 1)
-    assert run == dataclasses.replace(planned, ranks=8, gpus=8)
+def test_each_node_has_cores_of_its_own(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the speed of a run."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for flags in ({**SHAPE}, {"calibrate": finished}):
+        of_two, of_four = (
+            plan.make_plan(plan.Config(positions=10**9, ranks=ranks, nodes=nodes, **flags))
+            for ranks, nodes in ((16, 2), (32, 4))
+        )
+        assert of_two.machine.cores == of_four.machine.cores == 8
+        assert of_four.costs["keys"].seconds == pytest.approx(of_two.costs["keys"].seconds / 2)
 
 
 def test_a_training_that_was_stopped_early_counts_as_long_as_it_was(finished: Path) -> None:
