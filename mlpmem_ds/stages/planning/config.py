@@ -91,7 +91,9 @@ class Config(Flags):
     )
     batch_positions: int | None = _of_stage("batch_positions", "positions of a training step, over all ranks")
     epochs: float | None = _of_stage("epochs", "passes of the training over all positions")
-    ranks: int = option("processes of each stage", 1, at_least=1, at_most=_MAX_SIZE)
+    ranks: int | None = option(
+        "processes of each stage (default: one a GPU, without GPUs one)", None, at_least=1, at_most=_MAX_SIZE
+    )
     nodes: int = option("machines that the ranks are spread over", 1, at_least=1, at_most=_MAX_SIZE)
     threads: int | None = option(
         "CPU threads of a rank (default: the cores of this machine over the ranks of a node)",
@@ -133,9 +135,14 @@ class Config(Flags):
     )
     output: Path | None = option("JSON file to write in addition to the table", None)
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes of each stage."""
+        return self.ranks or max(1, self.gpus)
+
     def check(self) -> None:
-        if self.nodes > self.ranks:
+        if self.nodes > self.num_ranks:
             raise UserError(
-                f"--nodes {self.nodes} are more than the --ranks {self.ranks} that are spread over them: give"
-                " a rank for each, or fewer nodes"
+                f"--nodes {self.nodes} are more than the --ranks {self.num_ranks} that are spread over them:"
+                " give a rank for each, or fewer nodes"
             )

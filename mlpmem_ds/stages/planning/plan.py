@@ -124,8 +124,8 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def _machine(config: Config) -> Machine:
     folder = Path.cwd() if config.output is None else config.output.parent
     return Machine(
-        ranks=config.ranks,
-        cores=cores_of_rank(config.threads, ranks=config.ranks, nodes=config.nodes),
+        ranks=config.num_ranks,
+        cores=cores_of_rank(config.threads, ranks=config.num_ranks, nodes=config.nodes),
         gpus=config.gpus,
         gpu_flops=config.gpu_tflops * 1e12,
         gpu_bytes=config.gpu_memory_gb * 1e9,

@@ -93,6 +93,11 @@ def base_missing(run: FinishedRun) -> list[str]:
 def assumptions(config: Config, machine: Machine) -> list[str]:
     """What is assumed of a machine with GPUs, a line each."""
     lines = []
+    if machine.gpus > machine.ranks:
+        lines.append(
+            f"{machine.gpus} GPUs and --ranks {machine.ranks}: a rank uses one GPU (of extract_keys with"
+            f" --device-map auto several), and the plan has all of them at work: give --ranks {machine.gpus}"
+        )
     if machine.gpus > _GPUS_OF_NODE * machine.nodes:
         lines.append(
             f"{machine.gpus} GPUs on {machine.nodes} {'node' if machine.nodes == 1 else 'nodes'}: few nodes"

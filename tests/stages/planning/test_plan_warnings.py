@@ -39,6 +39,18 @@ def test_a_base_or_a_memory_that_a_gpu_does_not_hold_is_said_with_a_remedy() -> 
     assert online.costs["keys"].rank_memory_bytes < 10e9
 
 
+def test_a_rank_has_one_gpu() -> None:
+    flags = {"positions": 10**9, "memory_gb": 2000.0, "disk_gb": 1e5}
+    unsaid, said, few = (plan.make_plan(config(**flags, gpus=8, ranks=ranks)) for ranks in (None, 8, 2))
+    assert unsaid == said and unsaid.machine.ranks == 8
+    assert not any("give --ranks" in line for line in unsaid.warnings)
+    (line,) = [line for line in few.warnings if "give --ranks" in line]
+    assert line.startswith("8 GPUs and --ranks 2: a rank uses one GPU") and "--device-map auto" in line
+    assert line.endswith("give --ranks 8")
+    without = plan.make_plan(config(**flags))
+    assert without.machine.ranks == 1 and not without.warnings
+
+
 def test_more_gpus_than_a_node_has_are_pointed_out() -> None:
     flags = {
         "positions": 10**9,
