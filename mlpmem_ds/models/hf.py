@@ -37,6 +37,7 @@ from .hf_config import MemoryAugmentedConfig, checked_threshold
 from .joint_forward import JointForward
 from .joint_parts import (
     checked_gate,
+    copied_gate,
     described_memories,
     input_points,
     joint_config,
@@ -135,7 +136,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         Args:
             name: the export; with `memory`, the base.
             memory: a `PretrainedMemory`, or what `load_memory` reads; or a list of several, a bank.
-            lmbda: the memory's weight in [0, 1]; default: the export's, or `DEFAULT_LAMBDA`.
+            lmbda: the memory's weight in [0, 1]; default: what the export has, or `DEFAULT_LAMBDA`.
             args, kwargs: of transformers' own `from_pretrained`; a `quantization_config` holds for the base.
 
         Raises:
@@ -152,11 +153,8 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         memories = memory if isinstance(memory, list | tuple) else [memory]
         is_model = isinstance(name, PreTrainedModel)
         base = name if is_model else AutoModelForCausalLM.from_pretrained(name, *args, **kwargs)
-        return cls.join(
-            base,
-            [each if isinstance(each, PretrainedMemory) else load_memory(each) for each in memories],
-            lmbda=lmbda,
-        )
+        trained = [each if isinstance(each, PretrainedMemory) else load_memory(each) for each in memories]
+        return cls.join(base, trained, lmbda=lmbda)
 
     @classmethod
     def join(
@@ -177,7 +175,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
             base: that all memories were trained for.
             memories: one or more.
             lmbda: the memory's weight in [0, 1], which those of a bank share equally; default: the first
-                one's own, or `DEFAULT_LAMBDA`.
+                one's own, or `DEFAULT_LAMBDA`. A single memory brings its own gate and threshold, too.
             gate: finds the weight at each position, in the place of lmbda.
             cast: False: the memories keep their dtype and device, and what is in a file stays there.
 
@@ -194,6 +192,10 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
         joint = cls(config, base=base, memory=first, further=further)
         if base.generation_config is not None:
             joint.generation_config = copy.deepcopy(base.generation_config)
+        if gate is None and lmbda is None and len(memories) == 1:
+            joint.base_only_threshold = memories[0].base_only_threshold
+            if memories[0].gate is not None:
+                gate = copied_gate(memories[0].gate, base.device)
         if gate is not None:
             joint.set_gate(gate)
         return joint.eval()
@@ -403,7 +405,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
 
 def load_memory(path: str | Path) -> PretrainedMemory:
-    """The memory of a training's output, or of an export.
+    """The memory of a training's output, or of an export with its weight: λ or gate, and threshold.
 
     Raises:
         ValueError: there is no memory, one that is damaged, or a bank of several.
@@ -423,6 +425,8 @@ def load_memory(path: str | Path) -> PretrainedMemory:
         module=joint.memory,
         **CapturePoint.of(joint.config).settings(),
         lmbda=joint.config.lmbda,
+        gate=None if isinstance(joint.gate, Constant) else joint.gate,
+        base_only_threshold=joint.base_only_threshold,
         vocabulary_sha256=joint.config.vocabulary_sha256,
         provenance=dict(joint.config.provenance),
     )

@@ -7,6 +7,7 @@ Shapes: B sequences, S tokens, K kept positions, D width of the base, V vocabula
 dimensions.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +146,12 @@ def checked_gate(gate: StoredGate, num_memories: int) -> StoredGate:
             " that was fitted for these"
         )
     return gate.float() if isinstance(gate, nn.Module) else gate
+
+
+def copied_gate(gate: StoredGate, device: torch.device) -> StoredGate:
+    """A gate with the same weights, on this device; the given one stays as it is."""
+    copied = copy.deepcopy(gate)
+    return copied.to(device) if isinstance(copied, nn.Module) else copied
 
 
 def is_nothing(gate: StoredGate) -> bool:

@@ -14,13 +14,15 @@ import torch
 from .capture_point import CapturePoint
 from .memory import Memory
 from .memory_config import MemoryConfig
+from .mixture import StoredGate
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedMemory:
     """A trained memory without its base, and which of the base's states it reads.
 
-    `lmbda` is None where none was chosen. `provenance` holds plain values about how it was made.
+    `lmbda` is None where none was chosen. `gate`, if the weight varies, and `base_only_threshold` are those
+    of the export that it comes from. `provenance` holds plain values about how it was made.
     """
 
     module: Memory = field(repr=False)
@@ -28,6 +30,8 @@ class PretrainedMemory:
     input_point: str
     input_earlier_layers: Sequence[int] = ()
     lmbda: float | None = None
+    gate: StoredGate | None = field(default=None, repr=False)
+    base_only_threshold: float | None = None
     vocabulary_sha256: str = ""
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
 

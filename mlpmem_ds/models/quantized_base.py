@@ -30,7 +30,7 @@ _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revisi
 """arguments of `from_pretrained` that say where a file comes from"""
 _REMEDY = (
     "quantize the base alone and join it: MemoryAugmentedLM.from_pretrained(BASE, MEMORY,"
-    " quantization_config=…), where MEMORY may be the export"
+    " quantization_config=…), where MEMORY may be an export of one memory"
 )
 
 

@@ -12,18 +12,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 
 from mlpmem_ds.models.capture_point import CapturePoint
+from mlpmem_ds.models.gates import ConfidencesGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
 from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
+from mlpmem_ds.models.mixture import Constant, Weights
 from mlpmem_ds.models.pretrained_memory import build_memory
 
 from ..joint_models import joined
 
 VOCAB, WIDTH = 40, 16
 IDS = torch.tensor([[5, 7, 8, 21], [29, 3, 3, 19]])
+POINT = CapturePoint(layer=0)
 SHAPE = MemoryConfig(input_size=WIDTH, hidden_size=24, intermediate_size=20, num_blocks=2, vocab_size=VOCAB,
                      initializer_range=0.4)  # fmt: skip
 
@@ -61,7 +65,7 @@ def test_every_way_to_join_gives_the_same_model(
     base_dir: Path, memory_dir: Path, memory: Memory, tmp_path: Path
 ) -> None:
     base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
-    wanted = joined(base, memory, lmbda=0.3, input_point=CapturePoint(layer=0))
+    wanted = joined(base, memory, lmbda=0.3, input_point=POINT)
     logits = wanted(IDS).logits
     found = load_memory(memory_dir)
     assert (found.lmbda, found.input_layer, found.vocabulary_sha256) == (None, 0, "ab")
@@ -85,6 +89,51 @@ def test_every_way_to_join_gives_the_same_model(
     assert (
         memory.head.weight.dtype == found.module.head.weight.dtype == torch.float32
     )  # the given one is left alone
+
+
+@torch.no_grad()
+def test_the_memory_of_an_export_brings_its_gate_and_threshold(
+    base_dir: Path, memory: Memory, tmp_path: Path
+) -> None:
+    gated = joined(GPT2LMHeadModel.from_pretrained(base_dir), memory, lmbda=0.4, input_point=POINT)
+    torch.manual_seed(2)
+    gate = ConfidencesGate(lmbdas=(0.4,))
+    gate.standardize(torch.full_like(gate.mean, -1.0), torch.full_like(gate.mean, 2.0))
+    nn.init.normal_(gate.out.weight)
+    gated.set_gate(gate)
+    weights_BS = gate_weights(gated)
+    gated.base_only_threshold = float(weights_BS.median())
+    assert bool((weights_BS < gated.base_only_threshold).any()) and float(weights_BS.std()) > 0.01
+    gated.save_pretrained(tmp_path / "export")
+    expected = gated(IDS).logits
+
+    joint = MemoryAugmentedLM.from_pretrained(base_dir, tmp_path / "export")
+    assert torch.equal(joint(IDS).logits, expected) and joint.lmbda == 0.4
+    joint.save_pretrained(tmp_path / "again")
+    found = load_memory(tmp_path / "again")
+    base = GPT2LMHeadModel.from_pretrained(base_dir).eval()
+    for _ in range(2):
+        joint = MemoryAugmentedLM.join(base, [found])
+        assert torch.equal(joint(IDS).logits, expected)
+        nn.init.zeros_(joint.gate.out.weight)
+    joint = MemoryAugmentedLM.join(base, [found], gate=Weights((0.1,)))
+    assert joint.gate == Weights((0.1,)) and joint.base_only_threshold is None
+
+    plain = joined(base, memory, lmbda=0.3, input_point=POINT)
+    joint = MemoryAugmentedLM.from_pretrained(base_dir, tmp_path / "export", lmbda=0.3)
+    assert joint.gate == Constant(0.3) and joint.base_only_threshold is None
+    assert torch.equal(joint(IDS).logits, plain(IDS).logits)
+    bank = MemoryAugmentedLM.join(base, [found, found])
+    assert bank.gate == Constant(0.4) and bank.base_only_threshold is None
+
+
+def gate_weights(joint: MemoryAugmentedLM) -> torch.Tensor:
+    """What the gate gives at each position [B, S]."""
+    given: list[torch.Tensor] = []
+    hook = joint.gate.register_forward_hook(lambda *each: given.append(each[-1]))
+    joint(IDS)
+    hook.remove()
+    return given[0]
 
 
 def test_a_base_whose_layers_had_to_be_named(base_dir: Path, memory_dir: Path) -> None:

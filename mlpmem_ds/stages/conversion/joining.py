@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedModel
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError
@@ -11,6 +10,7 @@ from mlpmem_ds.formats.trained_models import TrainedMemory
 from mlpmem_ds.models.capture_point import CapturePoint
 from mlpmem_ds.models.generation_settings import complete_settings
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.joint_parts import copied_gate
 from mlpmem_ds.models.pretrained_memory import PretrainedMemory, build_memory
 from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
 from mlpmem_ds.stages.conversion.inputs import ExportInputs
@@ -33,8 +33,7 @@ def join_parts(
         memories = [_pretrained(trained) for trained in inputs.memories]
         joint = MemoryAugmentedLM.join(base, memories, lmbda=inputs.lmbda, cast=cast)
         if inputs.gate is not None:
-            gate = stored_gate(inputs.gate)
-            joint.set_gate(gate.to(base.device) if isinstance(gate, torch.nn.Module) else gate)
+            joint.set_gate(copied_gate(stored_gate(inputs.gate), base.device))
     except ValueError as error:
         raise UserError(f"--model {inputs.model} and {flag} {inputs.source} do not fit: {error}") from error
     joint.base_only_threshold = threshold

@@ -10,7 +10,6 @@ N positions, M memories.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.formats.gates import FittedGate, GateManifest, WeightFigures, read_gate
 from mlpmem_ds.models.gates import LearnedGate, load_gate
 from mlpmem_ds.models.hf import MemoryAugmentedLM
+from mlpmem_ds.models.joint_parts import copied_gate
 from mlpmem_ds.models.mixture import Weights
 from mlpmem_ds.stages.evaluation.arms.arm import Part, Price, sum_of_logs
 from mlpmem_ds.stages.evaluation.arms.base import ModelArm
@@ -66,7 +66,7 @@ class MixedArm:
             return None
         joint = joint_of(memories, lmbda)
         if self.gate is not None:
-            joint.set_gate(copy.deepcopy(self.gate).to(joint.base.device))
+            joint.set_gate(copied_gate(self.gate, joint.base.device))
         elif len(self.members) > 1:
             joint.set_gate(Weights(tuple(chosen[name] for name in self.names_of_weights)))
         return joint
