@@ -86,6 +86,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"^gate\."]  # of a gate that a named λ replaces
     generate: Any  # transformers' own types leave out models of other packages
 
     def __init__(

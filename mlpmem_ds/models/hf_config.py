@@ -94,6 +94,14 @@ class MemoryAugmentedConfig(PretrainedConfig):
             if self._attn_implementation is not None:
                 self._attn_implementation = self._attn_implementation  # hands it down
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', to which its Auto classes hand what a model is loaded with. A λ that is named
+        there replaces the gate, and is meant without the gate's threshold."""
+        if "lmbda" in kwargs:
+            kwargs = {"gate": {"kind": "constant"}, "base_only_threshold": None, **kwargs}
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The base's: generation reads the shapes of the caches and the vocabulary from it."""
         if self.base_config is None:

@@ -24,6 +24,7 @@ from mlpmem_ds.formats.gates import GateManifest, GateMemory, read_gate, write_g
 from mlpmem_ds.formats.trained_models import read_weights
 from mlpmem_ds.models.gates import ConfidencesGate, HistoryGate, LearnedGate, RouterGate
 from mlpmem_ds.models.hf import MemoryAugmentedLM, load_memory
+from mlpmem_ds.models.mixture import Constant
 from mlpmem_ds.stages.conversion.gate_inputs import stored_gate
 from mlpmem_ds.stages.generation import generate
 
@@ -138,6 +139,27 @@ def test_other_kinds_are_exported_too(kind: str, base_dir: Path, memory_dir: Pat
     assert not torch.allclose(gated, loaded(IDS).logits)
     assert convert(*words[:-1], tmp_path / "other", "--gate", gate, "--lambda", 0.3) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "other").lmbda == 0.3
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM])
+def test_a_lambda_that_is_named_as_an_export_is_loaded_replaces_its_gate(
+    loader: Any, base_dir: Path, memory_dir: Path, tmp_path: Path
+) -> None:
+    """transformers' Auto classes give it to the config, which then has it."""
+    gate, export = save_gate(tmp_path / "gate", base_dir, [memory_dir]), tmp_path / "export"
+    words = ("--checkpoint", memory_dir, "--model", base_dir, "--gate", gate, "--output", export)
+    assert convert(*words, "--base-only-threshold", 0.35) == 0
+    gated = loader.from_pretrained(export)
+    assert (str(gated.gate), gated.base_only_threshold) == ("gate: history", 0.35)
+    fixed, report = loader.from_pretrained(export, lmbda=0.3, output_loading_info=True)
+    assert fixed.gate == Constant(0.3) and fixed.lmbda == 0.3 and fixed.base_only_threshold is None
+    assert fixed.config.gate == {"kind": "constant"} and not report["unexpected_keys"]
+    gated.set_gate(Constant(0.3))
+    gated.base_only_threshold = None
+    assert torch.equal(fixed(IDS).logits, gated(IDS).logits)
+    assert loader.from_pretrained(export, lmbda=0.3, base_only_threshold=0.2).base_only_threshold == 0.2
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        loader.from_pretrained(export, lmbda=1.3)
 
 
 def test_a_bank_without_a_gate_shares_lambda(base_dir: Path, bank: list[Path], tmp_path: Path) -> None:
