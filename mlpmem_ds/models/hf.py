@@ -69,7 +69,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
 
     Attributes:
         lmbda (`float`): the memory's weight, in [0, 1], at every position; 0: the base's own logits, bit for
-            bit. Setting it replaces a gate.
+            bit. Setting it replaces a gate and its threshold.
         gate: gives the weight of the memory, or of each of a bank, at each position; `set_gate` takes
             another.
         base_only_threshold (`float`, *optional*): where the weight is lower, it is 0, and in decoding the
@@ -150,6 +150,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
                 joint._make_taps_anew()  # a module at which a state is read may have been replaced
             if lmbda is not None:
                 joint.lmbda = lmbda
+                joint.base_only_threshold = kwargs.get("base_only_threshold")
             return loaded
         memories = memory if isinstance(memory, list | tuple) else [memory]
         is_model = isinstance(name, PreTrainedModel)
@@ -210,14 +211,15 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     def lmbda(self) -> float:
         """The memory's weight in [0, 1]; it may be set at any time, and is saved with the model.
 
-        Setting it makes it the weight at every position: a gate that varied it is replaced. The memories of a
-        bank share it equally.
+        Setting it makes it the weight at every position: a gate that varied it is replaced, and its threshold
+        is none: with a gate set again later, set its threshold again. The memories of a bank share λ equally.
         """
         return float(self.config.lmbda)
 
     @lmbda.setter
     def lmbda(self, value: float) -> None:
         self.set_gate(Constant(value))
+        self.base_only_threshold = None
 
     def set_gate(self, gate: StoredGate) -> None:
         """Let this gate find the memory's weight at each position; it is saved with the model.
@@ -238,7 +240,7 @@ class MemoryAugmentedLM(PreTrainedModel, GenerationMixin):
     def base_only_threshold(self) -> float | None:
         """A weight below this is 0; in decoding the memory is not run where that is foreseen. None: never.
 
-        It may be set at any time, and is saved with the model.
+        It may be set at any time, and is saved with the model; setting `lmbda` makes it None.
         """
         return self.config.base_only_threshold
 

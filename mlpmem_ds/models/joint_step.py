@@ -120,7 +120,8 @@ class Step:
     memories: Sequence[Memory]
     gate: StoredGate
     mixture: Mixture
-    threshold: float | None
+    threshold: float | torch.Tensor | None
+    """a number, or one for each row [..., 1]; None: no memory is left out"""
     base_only: BaseOnly = field(default_factory=BaseOnly)
 
     def mix(

@@ -106,11 +106,13 @@ class MemoryAugmentedLM(nn.Module):
         base_logits_RV: torch.Tensor | None = self.base.compute_logits(final_RD)
         if base_logits_RV is None or (lmbdas_R is None and is_nothing(self.gate)):
             return base_logits_RV
-        gate = self.gate
+        gate, threshold = self.gate, self.config.base_only_threshold
         if lmbdas_R is not None:
             num_memories = 1 + len(self.further_memories)
             gate = RequestGate(gate=gate, lmbdas_R=lmbdas_R, num_memories=num_memories)
-        mixed_RV, logits = self._step(gate).mix_with_parts(base_logits_RV, states, history_RH)
+            if threshold is not None:  # it is of the engine's own gate
+                threshold = (lmbdas_R.isnan().double() * threshold)[:, None]
+        mixed_RV, logits = self._step(gate, threshold).mix_with_parts(base_logits_RV, states, history_RH)
         if self._kept is not None:
             self._kept.keep(hidden_states, logits)
         return mixed_RV
@@ -121,12 +123,12 @@ class MemoryAugmentedLM(nn.Module):
         loaded: set[str] = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored).load_weights(weights)
         return loaded
 
-    def _step(self, gate: StoredGate) -> Step:
+    def _step(self, gate: StoredGate, threshold: float | torch.Tensor | None) -> Step:
         return Step(
             memories=(self.memory, *self.further_memories),
             gate=gate,
             mixture=mixture_on_device,
-            threshold=self.config.base_only_threshold,
+            threshold=threshold,
             base_only=_NotCounted(),
         )
 
@@ -148,7 +150,7 @@ class MemoryAugmentedLM(nn.Module):
     def _logits_of_memory(
         self, number: int, _: torch.Tensor, states: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        return self._step(self.gate).logits_of_memory(number, states)
+        return self._step(self.gate, None).logits_of_memory(number, states)
 
     def _with_head(self, memory: Memory) -> Memory:
         if isinstance(memory.head, SharedHead):

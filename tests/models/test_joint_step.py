@@ -145,6 +145,20 @@ def test_memories_that_share_one_weight_are_cut_by_their_own_part_of_it() -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("num_memories", [1, 2])
+def test_a_lambda_that_is_named_is_meant_without_the_threshold(num_memories: int) -> None:
+    joint, ids_BS = tiny_joint("gpt2", 0.1, num_memories=num_memories), random_ids()
+    whole = joint(ids_BS).logits
+    joint.set_gate(ConfidencesGate(lmbdas=(0.4 / num_memories,) * num_memories))
+    joint.base_only_threshold = 0.3
+    joint.lmbda = 0.1
+    assert joint.base_only_threshold is None
+    assert torch.equal(joint(ids_BS).logits, whole)
+    joint.base_only_threshold = 0.3
+    assert torch.equal(joint(ids_BS).logits, joint.base(ids_BS).logits)
+
+
+@torch.no_grad()
 def test_a_decoding_step_that_foresees_no_memory_runs_none() -> None:
     joint, ids_BS = with_history("llama"), random_ids(1, 9)
     rows, options = runs_of(joint), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

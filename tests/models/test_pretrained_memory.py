@@ -120,9 +120,12 @@ def test_the_memory_of_an_export_brings_its_gate_and_threshold(
     assert joint.gate == Weights((0.1,)) and joint.base_only_threshold is None
 
     plain = joined(base, memory, lmbda=0.3, input_point=POINT)
-    joint = MemoryAugmentedLM.from_pretrained(base_dir, tmp_path / "export", lmbda=0.3)
-    assert joint.gate == Constant(0.3) and joint.base_only_threshold is None
-    assert torch.equal(joint(IDS).logits, plain(IDS).logits)
+    for joint in (
+        MemoryAugmentedLM.from_pretrained(base_dir, tmp_path / "export", lmbda=0.3),
+        MemoryAugmentedLM.from_pretrained(tmp_path / "export", lmbda=0.3),
+    ):
+        assert joint.gate == Constant(0.3) and joint.base_only_threshold is None
+        assert torch.equal(joint(IDS).logits, plain(IDS).logits)
     bank = MemoryAugmentedLM.join(base, [found, found])
     assert bank.gate == Constant(0.4) and bank.base_only_threshold is None
 

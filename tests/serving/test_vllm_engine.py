@@ -150,15 +150,18 @@ def check(joint: MemoryAugmentedLM, results: Sequence[Any]) -> float:
 
 def check_requests(joint: MemoryAugmentedLM, llm: Any) -> None:
     """In one batch requests at several λ, each as the model at that λ; and some at the gate's."""
-    gate, lmbdas = joint.gate, [None, 0.0, 1.0, 0.25, 0.9, None, 0.05, 0.5]
+    gate, threshold = joint.gate, joint.base_only_threshold
+    lmbdas = [None, 0.0, 1.0, 0.25, 0.9, None, 0.05, 0.5]
     for result, lmbda in zip(generate(llm, lmbdas), lmbdas, strict=True):
         if lmbda is None:
             joint.set_gate(gate)
+            joint.base_only_threshold = threshold
         else:
             joint.lmbda = lmbda
         assert largest_difference(joint, result) <= BOUND, lmbda
         assert list(result.outputs[0].token_ids) == expected_tokens(joint, list(result.prompt_token_ids))
     joint.set_gate(gate)
+    joint.base_only_threshold = threshold
 
 
 @pytest.fixture(params=list(EXPORTS))

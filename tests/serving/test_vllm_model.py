@@ -168,14 +168,18 @@ def test_what_rows_carry_of_the_tokens_before(
     torch.testing.assert_close(found, expected_of(joint, torch.arange(len(IDS_T))), rtol=0, atol=1e-5)
 
 
-def test_a_history_is_followed_where_requests_name_a_weight(vllm: SimpleNamespace) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.45])
+def test_a_history_is_followed_where_requests_name_a_weight(
+    vllm: SimpleNamespace, threshold: float | None
+) -> None:
     joint = joint_with_past()
+    joint.base_only_threshold = threshold
     model = served(vllm, joint)
-    STEP.put(torch.tensor([0.9, float("nan"), 0.0], dtype=torch.float64))
+    STEP.put(torch.tensor([0.1, float("nan"), 0.0], dtype=torch.float64))
     with step_of(model, len(IDS_T)):
         found = logits_of(model)
     torch.testing.assert_close(found[1], expected_of(joint)[1], rtol=0, atol=1e-5)
-    for row, lmbda in ((0, 0.9), (2, 0.0)):
+    for row, lmbda in ((0, 0.1), (2, 0.0)):
         joint.lmbda = lmbda
         torch.testing.assert_close(found[row], expected_of(joint)[row], rtol=0, atol=1e-5)
 
@@ -292,11 +296,35 @@ def test_each_request_has_its_own_weight(vllm: SimpleNamespace, default: float, 
     torch.testing.assert_close(logits_of(model, prompt), expected_of(joint, prompt), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_memories", "threshold"), [(1, 0.38), (3, 0.15)])
+def test_the_threshold_is_of_the_gate_and_not_of_a_weight_that_a_request_names(
+    vllm: SimpleNamespace, num_memories: int, threshold: float
+) -> None:
+    joint = tiny_joint("llama", num_memories=num_memories)
+    gate = ConfidencesGate(lmbdas=[0.3 / num_memories] * num_memories, hidden=8)
+    spread(gate, 4)
+    spread_features(gate)
+    joint.set_gate(gate)
+    whole = expected_of(joint)
+    joint.base_only_threshold = threshold
+    cut = expected_of(joint)
+    assert not torch.allclose(cut[1], whole[1], atol=1e-3)
+    model = served(vllm, joint)
+    STEP.put(torch.tensor([0.1, float("nan"), 0.0], dtype=torch.float64))
+    found = logits_of(model)
+    torch.testing.assert_close(found[1], cut[1], rtol=0, atol=1e-5)
+    for row, lmbda in ((0, 0.1), (2, 0.0)):
+        joint.lmbda = lmbda
+        torch.testing.assert_close(found[row], expected_of(joint)[row], rtol=0, atol=1e-5)
+
+
 def test_a_fixed_weight_in_the_place_of_a_learned_gate(vllm: SimpleNamespace) -> None:
     joint = tiny_joint("llama")
     joint.set_gate(HistoryGate(lmbdas=[0.3], hidden=8))
+    joint.base_only_threshold = 0.35
     weights = dict(joint.state_dict())
     joint.config.gate, joint.config.lmbda = {"kind": "constant"}, 0.25  # as by --hf-overrides
+    joint.config.base_only_threshold = None
     model = vllm.vllm_model.MemoryAugmentedLM(vllm_config=engine_config(joint)).eval()
     model.load_weights(weights.items())
     assert model.slots is None

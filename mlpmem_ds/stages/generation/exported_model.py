@@ -86,7 +86,7 @@ class Source:
             )
             if self.lmbda is not None:
                 joint.lmbda = self.lmbda
-            if self.lmbda is not None or options.base_only_threshold is not None:
+            if options.base_only_threshold is not None:
                 joint.base_only_threshold = options.base_only_threshold
             return joint
         weights_dtype = DTYPES[resolve_dtype(dtype, device)]

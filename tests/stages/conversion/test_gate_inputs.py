@@ -141,7 +141,7 @@ def test_other_kinds_are_exported_too(kind: str, base_dir: Path, memory_dir: Pat
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "other").lmbda == 0.3
 
 
-@pytest.mark.parametrize("loader", [AutoModelForCausalLM])
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, MemoryAugmentedLM])
 def test_a_lambda_that_is_named_as_an_export_is_loaded_replaces_its_gate(
     loader: Any, base_dir: Path, memory_dir: Path, tmp_path: Path
 ) -> None:
