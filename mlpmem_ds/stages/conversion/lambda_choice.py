@@ -62,7 +62,7 @@ def choose_lambda(
     if given is not None:
         return float(given), "given as a flag"
     if reported is not None:
-        if reported[0] == 0:
+        if reported[0] == 0 and gate is None:
             _logger.warning(
                 "the report chose λ = 0: the memory does not help this base, and the export is the base alone"
             )

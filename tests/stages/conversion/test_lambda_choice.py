@@ -39,6 +39,9 @@ def test_what_was_not_tuned_or_does_not_help_is_a_warning(caplog: pytest.LogCapt
     untuned, useless = caplog.messages
     assert untuned.startswith(f"no λ was given: it is {DEFAULT_LAMBDA:g}, which was not tuned")
     assert "the memory does not help this base" in useless
+    caplog.clear()
+    assert choose_lambda(None, (0.0, "a rule"), _gate(0.2)) == (0.0, "a rule")
+    assert not caplog.records  # the gate weighs the memory
 
 
 def test_a_report_gives_the_lambda_of_this_memory_and_none_of_a_bank(
