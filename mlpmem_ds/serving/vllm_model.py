@@ -106,7 +106,8 @@ class MemoryAugmentedLM(nn.Module):
         base_logits_RV: torch.Tensor | None = self.base.compute_logits(final_RD)
         if base_logits_RV is None or (lmbdas_R is None and is_nothing(self.gate)):
             return base_logits_RV
-        gate, threshold = self.gate, self.config.base_only_threshold
+        gate = self.gate
+        threshold: float | torch.Tensor | None = self.config.base_only_threshold
         if lmbdas_R is not None:
             num_memories = 1 + len(self.further_memories)
             gate = RequestGate(gate=gate, lmbdas_R=lmbdas_R, num_memories=num_memories)
