@@ -68,6 +68,7 @@ _REMEDIES = {
 }
 # Of errors that were met on the way, those that still explain what was raised at last.
 _LASTING = FULL_DISK | {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+_SAID_BY_LIBRARIES = _LASTING | {errno.EROFS, errno.EACCES}
 # What libraries say of a file that could not be written, without the system's number.
 _CUT_SHORT = re.compile(
     r"PytorchStreamWriter failed|file write failed|unexpected pos \d+|\d+ requested and \d+ written|"
@@ -120,6 +121,16 @@ def is_lost_rank(error: BaseException) -> bool:
     return any(_is_of_ranks(link) for link in _causes(error))
 
 
+def is_failed_write(error: BaseException) -> bool:
+    """Whether a file could not be written: the system says so, or a library in words of its own."""
+    return not is_lost_rank(error) and any(
+        isinstance(link, OSError)
+        or _CUT_SHORT.search(first_line(link))
+        or any(os.strerror(number) in first_line(link) for number in _SAID_BY_LIBRARIES)
+        for link in _causes(error)
+    )
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error, what it was raised from, and what was being handled then."""
     link: BaseException | None = error
@@ -158,7 +169,7 @@ def _of_message(error: BaseException, memory_flags: Sequence[str]) -> str | None
         number = int(found[1] or found[2])
         if number in _REMEDIES:
             return f"{first_line(error)}; {_REMEDIES[number]}"
-    for number in _LASTING | {errno.EROFS, errno.EACCES}:
+    for number in _SAID_BY_LIBRARIES:
         if os.strerror(number) in text:
             return f"{first_line(error)}; {_REMEDIES[number]}"
     if _CUT_SHORT.search(text):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_ds.core.errors import DamagedDataError, UserError, first_line
+from mlpmem_ds.core.faults import is_failed_write
 from mlpmem_ds.core.files import FileRecord, require_free_bytes, size_in_words
 from mlpmem_ds.core.run_description import IDENTITY_FIELD
 from mlpmem_ds.core.world import World
@@ -71,6 +72,8 @@ def save_checkpoint(
     try:
         write(place.name)
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where a disk is full
+        if not is_failed_write(error):  # ranks wait for each other in there, and GPUs compute
+            raise
         _give_up(place, step, error)
     wait_for_all(world)
     seen = gather_values(_names_below(place), world)

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
@@ -17,10 +18,12 @@ from mlpmem_ds.formats.checkpoint import list_checkpoints
 from ..manifests import checkpoint_manifest
 
 
-def save(root, step, *, content=b"weights", keep=9, num_bytes=10, **subject):
+def save(root, step, *, content=b"weights", keep=9, num_bytes=10, failure=None, **subject):
     def write(name):
         (root / name / "inside").mkdir(parents=True)
         (root / name / "inside" / "rank0.pt").write_bytes(content)
+        if failure is not None:
+            raise failure
 
     def describe(files):
         subject_of_all = {"memory": "small", **subject}
@@ -174,6 +177,40 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):
         save(root, 5)
     monkeypatch.undo()
     assert [path.name for path in root.iterdir()] == ["step-00000003"] and find(root).step == 3
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1"),
+        torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1234, remote process exited"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_what_is_no_fault_of_the_disk_is_not_reported_as_a_full_one(tmp_path, failure):
+    """A rank that dies while the others wait for its files: all of them are to be started again."""
+    root = tmp_path / "checkpoints"
+    save(root, 3)
+    with pytest.raises(type(failure)) as raised:
+        save(root, 5, failure=failure)
+    assert raised.value is failure
+    assert find(root).step == 3 and [path.name for path in root.iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0",
+        "basic_ios::clear: No space left on device",
+    ],
+)
+def test_a_library_that_could_not_write_is_told_as_the_system_would_be(tmp_path, words):
+    root = tmp_path / "checkpoints"
+    save(root, 3)
+    with pytest.raises(UserError, match="step 5 could not be written.*free some space"):
+        save(root, 5, failure=RuntimeError(words))
+    assert [path.name for path in root.iterdir()] == ["step-00000003"]
 
 
 def listings(size):
