@@ -73,3 +73,10 @@ def free_host_bytes() -> int:
 def gpu_number(world: World) -> int:
     """Which of the GPUs that this process sees is this rank's; more ranks than GPUs share them in turn."""
     return world.local_rank % max(1, torch.cuda.device_count())
+
+
+def ranks_of_a_gpu(world: World) -> int:
+    """How many ranks share one of the GPUs that this process sees, as far as the launcher says. A rank that
+    sees one alone is taken to have it for itself (`--gpus-per-task=1`)."""
+    visible = torch.cuda.device_count()
+    return -(-(world.local_size or 1) // visible) if visible > 1 else 1

@@ -14,7 +14,7 @@ import torch
 from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.deepspeed import library, process_group
-from mlpmem_ds.engines.devices import device_of_rank, gpu_number, identity_of
+from mlpmem_ds.engines.devices import device_of_rank, gpu_number, identity_of, ranks_of_a_gpu
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -35,6 +35,17 @@ def test_a_rank_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
     world = World(rank=3, size=8, local_rank=3)
     assert device_of_rank("auto", world) == torch.device("cuda:0")
     assert gpu_number(world) == 0
+
+
+@pytest.mark.parametrize(
+    ("local_size", "visible", "expected"),
+    [(8, 8, 1), (16, 8, 2), (9, 8, 2), (4, 8, 1), (8, 1, 1), (None, 8, 1), (8, 0, 1)],
+)
+def test_more_ranks_than_gpus_share_them(
+    monkeypatch: pytest.MonkeyPatch, local_size: int | None, visible: int, expected: int
+) -> None:
+    pretend_gpus(monkeypatch, visible)
+    assert ranks_of_a_gpu(World(size=64, local_size=local_size)) == expected
 
 
 def test_a_device_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ import torch
 from mlpmem_ds.core.blocks import Block, split_blocks
 from mlpmem_ds.core.host import machine_id
 from mlpmem_ds.engines.collectives.ranks import Ranks
-from mlpmem_ds.engines.devices import free_host_bytes, identity_of, memory_bytes
+from mlpmem_ds.engines.devices import free_host_bytes, identity_of, memory_bytes, ranks_of_a_gpu
 from mlpmem_ds.formats.lists_directory import MappedLists
 from mlpmem_ds.maths.distances import are_codes
 from mlpmem_ds.maths.knn import pack_list_neighbours
@@ -163,25 +163,33 @@ class ListOwners:
         in their mapped files."""
         assert self._search.mapped is not None
         lists = self._search.mapped.keys
-        own = (machine_id(), identity_of(self._device) if self._ranks.size > 1 else "")
-        places = self._ranks.gather(own)
+        on_gpu, on_host = self._ranks_that_share()
         part = lists.part(first, stop)
         needed = part.num_bytes + ID_AND_NORM_BYTES * int(part.sizes_L.sum())
-        on_device = memory_bytes(self._device) / places.count(own)  # ranks may share a GPU
+        on_device = memory_bytes(self._device) / on_gpu
         if self._device.type != "cpu" and needed <= SHARE_OF_MEMORY * on_device:
             return lists.group(first, stop, self._device)
-        free = free_host_bytes() / [machine for machine, _ in places].count(own[0])
+        free = free_host_bytes() / on_host
         if len(lists.runs) > 1 and needed <= SHARE_OF_MEMORY * free:
             return lists.group(first, stop)
         if len(lists.runs) > 1:
             _logger.warning(
                 "rank %d owns %.1f GB of keys, and its share of the free memory is %.1f GB: it reads them"
                 " from the disk at each call; more hosts, or fewer ranks on each, would hold them",
-                self._ranks.rank,
+                self._search.world.rank,
                 needed / 1e9,
                 free / 1e9,
             )
         return part
+
+    def _ranks_that_share(self) -> tuple[int, int]:
+        """Ranks that take groups of lists on this one's GPU, and on its host; this one included."""
+        if self._ranks.size == 1:  # the others of its launch, if any, own all lists too, and tell nothing
+            world = self._search.world
+            return ranks_of_a_gpu(world), world.local_size or world.size
+        own = (machine_id(), identity_of(self._device))
+        places = self._ranks.gather(own)
+        return places.count(own), [machine for machine, _ in places].count(own[0])
 
 
 class _Message:

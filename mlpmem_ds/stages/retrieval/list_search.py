@@ -52,9 +52,9 @@ class ListSearch:
         is_verified: bool,
         dealer: Dealer | None = None,
     ) -> None:
-        self.device = device
+        self.device, self.world = device, world
         self._keys_ND, self._index, self.nprobe = keys_ND, index, nprobe
-        self._lists_path, self._threads, self._world = lists, threads, world
+        self._lists_path, self._threads = lists, threads
         self._is_verified, self._dealer = is_verified, dealer
         self._mapped: MappedLists | None = None
         self._is_prepared_together = False
@@ -79,7 +79,7 @@ class ListSearch:
     def _listed(self, dealer: Dealer | None) -> MappedLists | None:
         if self._lists_path is None:
             return None
-        return make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self._world, dealer)
+        return make_key_lists(self._lists_path, self._keys_ND.keys, self._index, self.world, dealer)
 
     @property
     def mapped(self) -> MappedLists | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlpmem_ds.core.world import World
+from mlpmem_ds.engines.collectives.alone import Alone
 from mlpmem_ds.formats import lists_directory as layout
 from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.formats.keys import open_keys
@@ -31,6 +32,7 @@ from mlpmem_ds.stages.retrieval.neighbour_search import open_search
 from ...thread_ranks import on_thread_ranks
 
 NUM_KEYS, DIM = 403, 6
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=["int8", "float16"])
@@ -117,15 +119,51 @@ def test_ranks_that_share_a_gpu_share_its_memory(
     found.prepare()
     assert found.mapped is not None
     needed = found.mapped.keys.num_bytes + 12 * NUM_KEYS
-    gpu, host = torch.device("cuda", 0), torch.device("cpu")
+    gpu = torch.device("cuda", 0)
     found.device = gpu
     monkeypatch.setattr(list_owners, "memory_bytes", lambda device: 2 * needed)
     monkeypatch.setattr(list_owners, "free_host_bytes", lambda: 1 << 40)
     monkeypatch.setattr(list_owners, "identity_of", lambda device: "GPU-1")
-    monkeypatch.setattr(ListedKeys, "group", lambda self, first, stop, device=host: device)
-    for other, expected in (("GPU-2", gpu), ("GPU-1", host)):
+    monkeypatch.setattr(ListedKeys, "group", lambda self, first, stop, device=CPU: device)
+    for other, expected in (("GPU-2", gpu), ("GPU-1", CPU)):
         ranks: Any = SimpleNamespace(rank=0, size=2, gather=lambda own, other=other: [own, (own[0], other)])
         assert ListOwners(found, ranks)._take(0, 7) == expected
+
+
+@pytest.mark.parametrize(
+    ("local_size", "visible", "gpu_holds", "host_holds", "expected"),
+    [
+        (8, 8, 0, 2, "part"),  # of the host's memory each has a quarter of what all lists take
+        (None, 8, 0, 2, "part"),
+        (8, 8, 0, 16, "cpu"),
+        (1, 1, 0, 2, "cpu"),  # the other ranks are on other hosts
+        (8, 8, 2, 0, "cuda"),
+        (8, 4, 2, 0, "part"),  # two ranks a GPU
+        (8, 1, 2, 0, "cuda"),  # the launcher shows each its own
+    ],
+)
+def test_ranks_without_an_exchange_leave_each_other_room(
+    search: Callable[[], ListSearch],
+    monkeypatch: pytest.MonkeyPatch,
+    local_size: int | None,
+    visible: int,
+    gpu_holds: int,
+    host_holds: int,
+    expected: str,
+) -> None:
+    """Each holds all lists, and all measure the same free memory at once."""
+    monkeypatch.setattr(layout, "RUN_POSITIONS", 150)
+    found = search()
+    found.prepare()
+    assert found.mapped is not None
+    needed = found.mapped.keys.num_bytes + 12 * NUM_KEYS
+    found.device, found.world = torch.device("cuda", 0), World(size=8, local_size=local_size)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(list_owners, "memory_bytes", lambda device: gpu_holds * needed)
+    monkeypatch.setattr(list_owners, "free_host_bytes", lambda: host_holds * needed)
+    monkeypatch.setattr(ListedKeys, "group", lambda self, first, stop, device=CPU: device.type)
+    taken: Any = ListOwners(found, Alone())._take(0, 7)
+    assert ("part" if isinstance(taken, ListedKeys) else taken) == expected
 
 
 def test_groups_have_about_as_many_keys_each_and_every_list_one_owner() -> None:
