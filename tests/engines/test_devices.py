@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -102,13 +103,33 @@ def gpus_refused(gpus: list[str]) -> set[str]:
     def work(rank: int) -> str:
         try:
             world = World(rank=rank, size=len(gpus), local_rank=rank)
-            process_group.refuse_shared_gpus(store, world, gpus[rank])
+            process_group.refuse_unequal_gpus(store, world, gpus[rank])
         except UserError as error:
             return str(error)
         return ""
 
     with ThreadPoolExecutor(len(gpus)) as threads:
         return set(threads.map(work, ranks))
+
+
+def pretend_launch(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str | None], join: Callable[..., None]
+) -> torch.distributed.HashStore:
+    """The store of a launch, in which ranks have told their GPUs; None: this rank's, which has not yet."""
+    store = torch.distributed.HashStore()
+    for rank, gpu in enumerate(gpus):
+        if gpu is not None:
+            store.set(f"gpu/{rank}", f"{socket.gethostname()}, {gpu}")
+            store.set(f"has seen the GPUs/{rank}", "")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    library = SimpleNamespace(init_distributed=join)
+    monkeypatch.setattr(process_group, "import_deepspeed", lambda: library)
+    monkeypatch.setattr(process_group, "has_group", lambda: False)
+    monkeypatch.setattr(process_group, "meeting_point", lambda *_: ("127.0.0.1", 1))
+    monkeypatch.setattr(process_group, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process_group, "join_store", lambda *_: store)
+    return store
 
 
 def test_a_training_with_two_ranks_on_a_gpu_is_refused_by_all_of_them(
@@ -122,22 +143,35 @@ def test_a_training_with_two_ranks_on_a_gpu_is_refused_by_all_of_them(
     assert gpus_refused(["GPU-a", "GPU-a"]) == {""}
 
 
+def test_a_training_of_which_some_ranks_see_no_gpu_is_refused_by_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those with one would join NCCL's group, those without one gloo's, and wait for each other."""
+    assert gpus_refused(["", ""]) == {""}
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    (said,) = gpus_refused(["GPU-1", ""])
+    assert said.startswith("ranks 1 of 2 (on node7) see no GPU, and the others do: ") and "CUDA_VIS" in said
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    (said,) = gpus_refused(["", "GPU-1", "", "GPU-1"])
+    assert said.startswith("ranks 0, 2 of 4 (on node7) see no GPU")
+
+
+def test_a_rank_without_a_gpu_tells_the_others_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it joins a group: the others would never be in it."""
+    pretend_gpus(monkeypatch, 0)
+    store = pretend_launch(monkeypatch, ["GPU-1", None], lambda **_: pytest.fail("it joins a group"))
+    with pytest.raises(UserError, match="ranks 1 of 2 .* see no GPU"):
+        process_group.set_up_distributed(World(rank=1, size=2, local_rank=1))
+    assert store.get("gpu/1").decode().endswith(", ")
+
+
 def test_it_is_refused_before_nccl_connects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight ranks on one GPU, each of which sees it as number 0."""
     pretend_gpus(monkeypatch, 1)
     done: list[str] = []
-    store = torch.distributed.HashStore()
-    for rank in (0, *range(2, 8)):
-        store.set(f"gpu/{rank}", f"{socket.gethostname()}, GPU-1")
-        store.set(f"has seen the GPUs/{rank}", "")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-    library = SimpleNamespace(init_distributed=lambda **_: done.append("NCCL"))
-    monkeypatch.setattr(process_group, "import_deepspeed", lambda: library)
-    monkeypatch.setattr(process_group, "has_group", lambda: False)
-    monkeypatch.setattr(process_group, "meeting_point", lambda *_: ("127.0.0.1", 1))
-    monkeypatch.setattr(process_group, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(process_group, "join_store", lambda *_: store)
+    others: list[str | None] = ["GPU-1"] * 8
+    others[1] = None
+    pretend_launch(monkeypatch, others, lambda **_: done.append("NCCL"))
     monkeypatch.setattr(process_group, "identity_of", lambda device: "GPU-1")
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: done.append(f"GPU {number}"))
     with pytest.raises(UserError, match="ranks 0, 1, 2, 3, 4, 5, 6, 7 of 8 have one GPU"):

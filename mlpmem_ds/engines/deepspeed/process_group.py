@@ -8,7 +8,7 @@ import datetime
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def set_up_distributed(
     later too.
 
     Raises:
-        UserError: the ranks cannot find each other (MASTER_ADDR is unknown), or two of them have one GPU.
+        UserError: the ranks cannot find each other (MASTER_ADDR is unknown), two of them have one GPU, or only some have one.
     """
     global _watch
     # DeepSpeed takes LOCAL_RANK for the number of a GPU, in three places, also where a rank sees one alone.
@@ -63,8 +63,8 @@ def set_up_distributed(
     store = join_store(world, os.environ, timeout) if world.size > 1 else None
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        if store is not None:
-            refuse_shared_gpus(store, world, identity_of(device_of_rank("auto", world)))
+    if store is not None:
+        refuse_unequal_gpus(store, world, identity_of(device_of_rank("auto", world)))
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,
@@ -83,32 +83,56 @@ def set_up_distributed(
         atexit.register(_watch.stop)
 
 
-def refuse_shared_gpus(store: Any, world: World, gpu: str) -> None:
-    """Let every rank know the GPUs of all: NCCL connects no two ranks on one, but where its own variable
-    allows it (MIG). It would say so in words that are also those of a lost rank, after which a supervisor
-    starts all of them again.
+def refuse_unequal_gpus(store: Any, world: World, gpu: str) -> None:
+    """Let every rank know the GPUs of all, and refuse what NCCL would not connect.
+
+    It connects no two ranks on one GPU, but where its own variable allows it (MIG). It would say so in words
+    that are also those of a lost rank, after which a supervisor starts all of them again. And a rank without
+    a GPU would wait in a group of gloo's, which the others never join.
 
     Args:
         store: that all ranks share.
         world: this rank.
-        gpu: identity of its GPU.
+        gpu: identity of its GPU; "" on a CPU.
 
     Raises:
-        UserError: two ranks have one GPU; on every rank.
+        UserError: two ranks have one GPU, or some have one and others have none; on every rank.
     """
-    own = f"{socket.gethostname()}, {gpu}"
-    places = [place.decode() for place in _told_by_all(store, world, "gpu", own)]
-    counts = Counter(places)
-    place, count = counts.most_common(1)[0]
-    if count == 1 or os.environ.get(_SHARED_GPUS) == "1":
+    told = _told_by_all(store, world, "gpu", f"{socket.gethostname()}, {gpu}")
+    fault = _fault_of_gpus([place.decode() for place in told])
+    if fault is None:
         return
     with contextlib.suppress(RuntimeError):  # rank 0 may keep the store: it waits until all have read
         _told_by_all(store, world, "has seen the GPUs", "")
-    ranks = [str(rank) for rank, of in enumerate(places) if of == place]
-    raise UserError(
-        f"ranks {', '.join(ranks)} of {world.size} have one GPU ({place}), and a training needs one"
-        f" for each rank: start {len(counts)} (torchrun --nproc-per-node), or let each see its own"
+    raise UserError(fault)
+
+
+def _fault_of_gpus(places: Sequence[str]) -> str | None:
+    """Why ranks at these places, HOST, GPU each, do not train together, or None."""
+    size, hosts_and_gpus = len(places), [place.rpartition(", ")[::2] for place in places]
+    without = [rank for rank, (_, gpu) in enumerate(hosts_and_gpus) if not gpu]
+    if len(without) == size:
+        return None
+    if without:
+        hosts = sorted({hosts_and_gpus[rank][0] for rank in without})
+        return (
+            f"ranks {_listed(without)} of {size} (on {_listed(hosts)}) see no GPU, and the others do: see"
+            " nvidia-smi and CUDA_VISIBLE_DEVICES there, and whether its torch is built for CUDA; or hide"
+            " the GPUs from all (CUDA_VISIBLE_DEVICES=) to train on CPUs"
+        )
+    counts = Counter(places)
+    shared, count = counts.most_common(1)[0]
+    if count == 1 or os.environ.get(_SHARED_GPUS) == "1":
+        return None
+    ranks = [rank for rank, place in enumerate(places) if place == shared]
+    return (
+        f"ranks {_listed(ranks)} of {size} have one GPU ({shared}), and a training needs one for each rank:"
+        f" start {len(counts)} (torchrun --nproc-per-node), or let each see its own"
     )
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))
 
 
 def _told_by_all(store: Any, world: World, what: str, value: str) -> list[bytes]:
