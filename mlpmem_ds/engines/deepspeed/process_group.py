@@ -9,6 +9,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mlpmem_ds.core.errors import UserError
 from mlpmem_ds.core.world import World
 from mlpmem_ds.engines.collectives.rank_watch import RankWatch, keeper_in_words
 from mlpmem_ds.engines.collectives.ranks import RANK_TIMEOUT_SECONDS
-from mlpmem_ds.engines.deepspeed.library import import_deepspeed
+from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 from mlpmem_ds.engines.devices import device_of_rank, gpu_number, identity_of
 from mlpmem_ds.engines.processes import (
     has_group,
@@ -41,14 +42,15 @@ def set_up_distributed(
 ) -> None:
     """Start the process group (NCCL with CUDA, else gloo), also of one rank.
 
-    `timeout` ends a collective of a step that a live rank does not join; ranks that wait for files do so in a
-    group without such a limit (`start_waiting_group`). A rank that has ended or was cut off is found by its
-    signs of life (`RankWatch`), within `rank_timeout_seconds` and some more. All of it is left when the
-    process ends. A second call only puts the rank into the environment again, where DeepSpeed looks for it
-    later too.
+    `timeout` ends a collective of a step that a live rank does not join, also in the groups that DeepSpeed
+    makes later; ranks that wait for files do so in a group without such a limit (`start_waiting_group`). A
+    rank that has ended or was cut off is found by its signs of life (`RankWatch`), within
+    `rank_timeout_seconds` and some more. All of it is left when the process ends. A second call only puts the
+    rank into the environment again, where DeepSpeed looks for it later too.
 
     Raises:
-        UserError: the ranks cannot find each other (MASTER_ADDR is unknown), two of them have one GPU, or only some have one.
+        UserError: the ranks cannot find each other (MASTER_ADDR is unknown), two of them have one GPU, or
+            some have one and others have none.
     """
     global _watch
     # DeepSpeed takes LOCAL_RANK for the number of a GPU, in three places, also where a rank sees one alone.
@@ -71,6 +73,9 @@ def set_up_distributed(
         timeout=timeout,
         verbose=False,
     )
+    # The ranks of an engine meet in groups of DeepSpeed's own, for which it names no timeout: NCCL's are then
+    # of ten minutes.
+    import_part("comm.comm").cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)
     atexit.register(leave_process_group)
     start_waiting_group(world, timeout)
     if store is not None:

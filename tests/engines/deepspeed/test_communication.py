@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+LIMIT = 47  # minutes that a collective may take
 SIZE = 2 * 64 * 64 * 2  # bytes of the model's parameters, bfloat16
 
 SCRIPT = """
-import collections, functools, json, os, socket, sys
+import collections, datetime, functools, json, os, socket, sys
 from pathlib import Path
 import torch
 from torch import nn
@@ -51,8 +52,14 @@ class Model(nn.Module):
     def forward(self, rows):
         return (self.second(self.first(rows)).float().square().mean(),)
 
+def limits():
+    '''The seconds that each group gives a collective, in the order in which the groups were made.'''
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    of_host = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    return [limit.total_seconds() for limit in of_host]
+
 def run_rank(world, files):
-    set_up_distributed(world)
+    set_up_distributed(world, timeout=datetime.timedelta(minutes=int(sys.argv[1])))
     found = {}
     for file in map(Path, files):
         # With hpZ one engine a process: DeepSpeed makes the groups inside nodes once.
@@ -68,7 +75,7 @@ def run_rank(world, files):
                 engine.train_step([(torch.randn(micro_batch, 64).bfloat16(),)] * count, 0.01)
             found[f"{file.stem} {count}"] = dict(counted)
     if world.is_first:
-        print(json.dumps(found), flush=True)
+        print(json.dumps([found, limits()]), flush=True)
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -76,7 +83,7 @@ with socket.socket() as probe:
 child = os.fork()
 rank, code = int(child == 0), 1
 try:
-    run_rank(World(rank=rank, size=2, local_rank=rank), sys.argv[1:])
+    run_rank(World(rank=rank, size=2, local_rank=rank), sys.argv[2:])
     code = 0
 except BaseException:
     import traceback
@@ -89,8 +96,8 @@ os._exit(code)
 
 
 @pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    """`"file micro-batches"` → collective -> bytes of the tensors given to it in a step."""
+def ran(tmp_path_factory):
+    """What ranks sent with each file, and the limits of their groups."""
     root = tmp_path_factory.mktemp("communication")
     files = {name: REPOSITORY / "ds_configs" / f"{name}.json" for name in ("zero1", "zero2", "zero3")}
     for name in tuple(files):
@@ -107,7 +114,7 @@ def sent(tmp_path_factory):
     files["zero3_hpz"].write_text(json.dumps(within))
     (root / "script.py").write_text(SCRIPT)
     result = subprocess.run(
-        [sys.executable, root / "script.py", *files.values()],
+        [sys.executable, root / "script.py", str(LIMIT), *files.values()],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
@@ -115,6 +122,12 @@ def sent(tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def sent(ran):
+    """`"file micro-batches"` → collective -> bytes of the tensors given to it in a step."""
+    return ran[0]
 
 
 def test_stage_1_reduces_all_gradients_on_every_rank_once_a_step(sent):
@@ -146,3 +159,11 @@ def test_gradients_may_travel_in_float32(sent):
     for name, call in (("zero1", "all_reduce"), ("zero2", "all_reduce"), ("zero3", "reduce_scatter_tensor")):
         step = sent[f"{name}-fp32 1"]
         assert 2 * SIZE <= step[call] < 2 * SIZE + 100, name
+
+
+def test_the_groups_that_deepspeed_makes_have_the_limit_of_the_training(ran):
+    """Left to torch, those of NCCL would have ten minutes. The waiting group has none to speak of."""
+    everyone, waiting, *of_deepspeed = ran[1]
+    assert everyone == 60 * LIMIT and waiting > 60 * 60 * 24
+    assert len(of_deepspeed) >= 2, "a group of all ranks, and one within nodes"
+    assert set(of_deepspeed) == {60 * LIMIT}
