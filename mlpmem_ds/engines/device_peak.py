@@ -5,12 +5,13 @@ By the device's name where its data sheet is listed (dense, bfloat16), else by a
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
-# Dense bfloat16 FLOP/s of the data sheets; the longest name that occurs in the device's wins.
+# Dense bfloat16 FLOP/s of the data sheets; the longest name whose words are in the device's wins.
 _BFLOAT16_PEAKS = {
     "B200": 2.25e15,
     "GH200": 9.89e14,
@@ -20,10 +21,12 @@ _BFLOAT16_PEAKS = {
     "H100": 9.89e14,
     "A100": 3.12e14,
     "L40S": 3.62e14,
+    "L40": 1.81e14,
     "L4": 1.21e14,
     "A10G": 7.0e13,
     "MI300X": 1.307e15,
 }
+_SLOWER = ("H200 NVL", "MIG")  # than the listed GPU whose name theirs has; MIG: a part of one
 _SIZES = {"cpu": 768, "cuda": 8192}
 _MEASURED_PRODUCTS = 5
 
@@ -41,11 +44,15 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
     ones."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        listed = [key for key in _BFLOAT16_PEAKS if key in name]
-        if listed:
+        listed = [key for key in _BFLOAT16_PEAKS if _has_words(name, key)]
+        if listed and not any(_has_words(name, slower) for slower in _SLOWER):
             flops = _BFLOAT16_PEAKS[max(listed, key=len)]
             return Peak(flops=flops, source=f"the data sheet's peak of {name}")
     return Peak(flops=measure_peak(device, dtype), source="a matrix product measured here")
+
+
+def _has_words(name: str, words: str) -> bool:
+    return re.search(rf"\b{words}\b", name) is not None
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
