@@ -124,15 +124,13 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
     port = _port_of(environment) or 20000 + zlib.crc32(job.encode()) % 20000
     if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"], port
-    if (
-        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size)
-        or environment.get("SLURM_NNODES") == "1"
-    ):
+    num_nodes, nodes = _nodes_of_slurm(world, environment)
+    if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size) or num_nodes == "1":
         return "127.0.0.1", port
-    if "SLURM_JOB_NODELIST" in environment:
+    if nodes is not None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
             names = subprocess.run(
-                ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
+                ["scontrol", "show", "hostnames", nodes],
                 capture_output=True,
                 encoding="utf-8",
                 check=True,
@@ -142,6 +140,14 @@ def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, in
         f"{world.size} ranks on several hosts do not know where to meet: set MASTER_ADDR to the name of "
         "rank 0's host (and MASTER_PORT to a free port), or start with torchrun or deepspeed"
     )
+
+
+def _nodes_of_slurm(world: World, environment: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Number and list of the nodes that the ranks are on, as Slurm writes them: those of the step where each
+    rank is a task of it. mpirun has ranks outside of its daemons' step: then those of the job."""
+    task = (environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS"))
+    of = "STEP" if task == (str(world.rank), str(world.size)) else "JOB"
+    return environment.get(f"SLURM_{of}_NUM_NODES"), environment.get(f"SLURM_{of}_NODELIST")
 
 
 def _port_of(environment: Mapping[str, str]) -> int:

@@ -1,6 +1,7 @@
 """Where ranks meet, under every launcher; requests to stop, without a device that waits."""
 
 import datetime
+import os
 import signal
 
 import pytest
@@ -22,6 +23,33 @@ def test_ranks_agree_where_to_meet():
     assert meeting_point(World(), {})[0] == "127.0.0.1"
     with pytest.raises(UserError, match="MASTER_ADDR"):
         meeting_point(world, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A command of this name that takes lists of the form NAME,NAME."""
+    command = tmp_path / "scontrol"
+    command.write_text('#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && echo "$3" | tr , "\\n"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+def test_ranks_of_srun_meet_on_the_first_node_of_their_step(scontrol):
+    """It may be a part of the job's nodes. mpirun starts ranks through a step that lacks its own host."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1,node2,node3", "SLURM_JOB_NUM_NODES": "3"}
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node2,node3"}
+    step["SLURM_STEP_NUM_NODES"] = "2"
+    first, second = World(rank=0, size=2), World(rank=1, size=2)
+    address, port = meeting_point(second, {**job, **step})
+    assert address == "node2"
+    assert meeting_point(first, {**job, **step, "SLURM_PROCID": "0"}) == (address, port)
+    on_one = {**step, "SLURM_STEP_NODELIST": "node3", "SLURM_STEP_NUM_NODES": "1"}
+    assert meeting_point(second, {**job, **on_one})[0] == "127.0.0.1"
+
+    by_mpirun = {**job, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    daemon = {**step, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    assert meeting_point(first, by_mpirun)[0] == "node1"
+    assert meeting_point(second, {**by_mpirun, **daemon, "SLURM_NNODES": "1"})[0] == "node1"
 
 
 @pytest.mark.parametrize(
