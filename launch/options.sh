@@ -108,10 +108,11 @@ shared() {
     fi
 }
 
-# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later)
+# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later). It would
+# take the machine's first GPUs, whichever CUDA_VISIBLE_DEVICES allows, so where that is set it is left out.
 trained() {
-    if [ "$ranks" = 1 ]; then
-        python "$@"
+    if [ "$ranks" = 1 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        shared "$@"
     else
         deepspeed -q --master_port "$port" --num_accelerators "$ranks" "$@"
     fi
