@@ -56,6 +56,7 @@ if [ -z "$base" ]; then
     say "2/9 base: a small GPT-2 from scratch, to its best tuning perplexity"
     shared tools/train_base.py --corpus "$run/corpus" --output "$run/base" \
         ${base_flags[@]+"${base_flags[@]}"}
+    must_be_complete "$run/base"
     base=$run/base
 fi
 
@@ -77,9 +78,11 @@ memory_flags=(--ds_config ds_configs/zero3.json --corpus "$run/corpus" --keys "$
     --epochs "$epochs" --learning-rate 2e-3 --batch-positions 2048
     --ce-through mixture --mixture-lambda .25 --validation-positions 8192)
 trained launch/train.py "${memory_flags[@]}" --alpha .5 --output "$run/memory"
+must_be_complete "$run/memory"
 
 say "7/9 controls: a memory without the retriever, and the base trained on for as long"
 shared launch/train.py "${memory_flags[@]}" --alpha 0 --output "$run/memory_ce_only"
+must_be_complete "$run/memory_ce_only"
 spent=$(seconds_of keys index targets memory)
 say "      the memory's own pipeline took $spent s; the base gets as many"
 if [ ! -s "$run/control_seconds" ]; then # written whole or not at all: a part of it would stay
@@ -90,6 +93,7 @@ shared tools/train_baseline.py --kind continued --model "$base" \
     --corpus "$run/corpus" --output "$run/base_trained_on" --validate-every epoch \
     --time-budget-seconds "$(cat "$run/control_seconds")" --schedule constant --learning-rate 3e-4 \
     --warmup-fraction .0005 --early-stopping-patience none --select best --epochs 1000
+must_be_complete "$run/base_trained_on"
 
 say "8/9 evaluation"
 shared launch/evaluate.py --model "$base" --corpus "$run/corpus" \

@@ -1,6 +1,6 @@
 # Sourced by demo.sh: reads its options, sets up the environment, chooses ranks and threads.
 #   sets kind (whole, quick, pretrained), corpus, general and cut (arrays), base, wheel, run, ranks,
-#   max_bytes, seed; defines say, finish, shared, trained, has_splits, seconds_of
+#   max_bytes, seed; defines say, finish, shared, trained, must_be_complete, has_splits, seconds_of
 # shellcheck shell=bash
 demo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/demo.sh
 usage() { sed -n '2,26s/^# \{0,1\}//p' "$demo"; }
@@ -108,14 +108,21 @@ shared() {
     fi
 }
 
-# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later). It would
-# take the machine's first GPUs, whichever CUDA_VISIBLE_DEVICES allows, so where that is set it is left out.
+# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later). It takes
+# the machine's first GPUs, whichever CUDA_VISIBLE_DEVICES allows: where that is set, it is left out.
 trained() {
     if [ "$ranks" = 1 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         shared "$@"
     else
         deepspeed -q --master_port "$port" --num_accelerators "$ranks" "$@"
     fi
+}
+
+# must_be_complete DIRECTORY: of a training; one that was stopped has saved, and its ranks have ended with 0, as
+# has a launcher that was killed
+must_be_complete() {
+    [ -f "$1/manifest.json" ] ||
+        fail "the training of $1 was stopped before its end: the same command continues"
 }
 
 # has_splits CORPUS OPTION TOKENS: refuse a corpus with fewer tuning or test tokens: the last steps need them

@@ -41,6 +41,7 @@ trained launch/train.py --ds_config ds_configs/zero3.json --corpus "$run/corpus"
     --model "$base" --start base --head frozen --num-blocks "$blocks" --epochs "$epochs" \
     --objective auto --learning-rate 1e-3 --batch-positions 2048 --validation-positions 4096 \
     --output "$run/memory"
+must_be_complete "$run/memory"
 
 say "5/8 gate: how much the memory is to say, at each token"
 shared launch/fit_gate.py --model "$base" --memory "$run/memory" --corpus "$run/corpus" \

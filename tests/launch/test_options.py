@@ -12,10 +12,15 @@ import pytest
 LAUNCH = Path(__file__).parents[2] / "launch"
 _FAKES = {
     # The machine's GPUs and cores; any other question has a number for its answer.
-    "python": 'case "$*" in *device_count*) echo "$GPUS 2" ;; -c*) echo 4096 ;; *) echo "python $*" >> "$SAID" ;; esac',
+    "python": """
+case "$*" in
+    *device_count*) echo "$GPUS 2" ;;
+    -c*) echo 4096 ;;
+    *) echo "python $*" >> "$SAID" ;;
+esac""",
     "torchrun": 'echo "torchrun $*" >> "$SAID"',
     "deepspeed": 'echo "deepspeed $*" >> "$SAID"',
-}  # fmt: skip
+}
 
 
 class Machine:
@@ -69,3 +74,31 @@ def test_a_training_takes_the_gpus_that_it_was_given(
     assert done.returncode == 0, done.stderr
     (call,) = machine.said()
     assert call.startswith(launcher) and call.endswith("train.py --epochs 1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stopped", "last", "next_one"),
+    [
+        ([], "tools/train_base.py", "2/9", "3/9"),
+        (["--base", "b"], "launch/train.py", "6/9", "7/9"),
+        (["--pretrained", "--base", "b"], "launch/train.py", "4/8", "5/8"),
+    ],
+)
+def test_a_training_that_was_stopped_ends_the_demonstration(
+    machine: Machine, kind: list[str], stopped: str, last: str, next_one: str
+) -> None:
+    """It has saved, and its ranks end with 0, as a launcher does that was killed. The control would be trained
+    for the seconds of a part of the memory, in every later start too."""
+    done = machine.bash(str(LAUNCH / "demo.sh"), *kind)
+    assert done.returncode == 2
+    assert "was stopped before its end: the same command continues" in done.stderr
+    assert last in done.stdout and next_one not in done.stdout
+    assert stopped in machine.said()[-1] and not list(machine.run.glob("*"))
+
+
+def test_the_controls_follow_a_memory_that_is_complete(machine: Machine) -> None:
+    (machine.run / "memory").mkdir(parents=True)
+    (machine.run / "memory" / "manifest.json").touch()
+    done = machine.bash(str(LAUNCH / "demo.sh"), "--base", "b")
+    assert done.returncode == 2 and f"{machine.run}/memory_ce_only was stopped" in done.stderr
+    assert "--alpha 0 " in machine.said()[-1]
