@@ -108,8 +108,8 @@ shared() {
     fi
 }
 
-# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later). It takes
-# the machine's first GPUs, whichever CUDA_VISIBLE_DEVICES allows: where that is set, it is left out.
+# trained FILE FLAGS...: the same with DeepSpeed's launcher, as on a cluster (starts and ends 5 s later). It
+# takes the machine's first GPUs, whichever CUDA_VISIBLE_DEVICES allows: where that is set, it is left out.
 trained() {
     if [ "$ranks" = 1 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         shared "$@"
@@ -118,8 +118,8 @@ trained() {
     fi
 }
 
-# must_be_complete DIRECTORY: of a training; one that was stopped has saved, and its ranks have ended with 0, as
-# has a launcher that was killed
+# must_be_complete DIRECTORY: of a training; one that was stopped has saved, and its ranks have ended with 0,
+# as has a launcher that was killed
 must_be_complete() {
     [ -f "$1/manifest.json" ] ||
         fail "the training of $1 was stopped before its end: the same command continues"

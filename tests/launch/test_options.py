@@ -87,8 +87,8 @@ def test_a_training_takes_the_gpus_that_it_was_given(
 def test_a_training_that_was_stopped_ends_the_demonstration(
     machine: Machine, kind: list[str], stopped: str, last: str, next_one: str
 ) -> None:
-    """It has saved, and its ranks end with 0, as a launcher does that was killed. The control would be trained
-    for the seconds of a part of the memory, in every later start too."""
+    """It has saved, and its ranks end with 0, as a launcher does that was killed. The control would be
+    trained for the seconds of a part of the memory, in every later start too."""
     done = machine.bash(str(LAUNCH / "demo.sh"), *kind)
     assert done.returncode == 2
     assert "was stopped before its end: the same command continues" in done.stderr
