@@ -4,10 +4,24 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh FILE`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3}
 
 fail() { echo "error: $*" >&2; exit 2; }
 newer="set PYTHON=/path/to/python (3.10 or newer)"
+
+# Two that were started at once do not write one environment: the second waits, and finds it made.
+if [ -w . ] && command -v flock > /dev/null; then
+    exec 9> .venv.lock
+    flock -n 9 2> /dev/null || [ $? != 1 ] || { # other codes: a file system without locks
+        echo "Another set-up of .venv is at work: waiting for its end ..." >&2
+        flock 9
+    }
+fi
+
+# An environment that works stays, with all that is installed in it, whichever python3 this shell has.
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ -f .venv/bin/activate ] && .venv/bin/python -c '' 2> /dev/null; then
+    python=.venv/bin/python
+fi
 command -v "$python" > /dev/null || fail "no $python on this machine: $newer"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$("$python" --version) is too old: $newer"
@@ -24,8 +38,12 @@ is_usable() {
     .venv/bin/python -m pip --version > /dev/null 2>&1 &&
         [ "$(.venv/bin/python --version)" = "$("$python" --version)" ]
 }
-is_usable || "$python" -m venv --clear .venv ||
-    fail "$python cannot make a virtual environment: install its venv package (Debian: python3-venv)"
+if ! is_usable; then
+    [ "$python" != .venv/bin/python ] ||
+        fail ".venv has no pip: install it there, or set PYTHON=python3, which makes .venv anew"
+    "$python" -m venv --clear .venv ||
+        fail "$python cannot make a virtual environment: install its venv package (Debian: python3-venv)"
+fi
 install() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" || fail \
         "pip could not install $*, see above: check the network (behind a mirror or proxy: PIP_INDEX_URL," \
