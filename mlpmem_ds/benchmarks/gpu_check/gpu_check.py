@@ -31,16 +31,20 @@ NEEDED = (
     "numpy",
     "deepspeed",
     "transformers",
+    "huggingface_hub",
     "tokenizers",
     "safetensors",
     "accelerate",
     "faiss",
+    "webdataset",
     "zstandard",
     "tensorboard",
     "matplotlib",
     "tqdm",
+    "fsspec",
     "triton",
     "pytest",
+    "hypothesis",
 )
 _LAST_LINES = 12
 _SECONDS_TO_END = 5.0
@@ -127,7 +131,8 @@ def check_packages() -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"{sys.executable} lacks {', '.join(missing)}: bash launch/setup.sh makes .venv with all that is"
-            " needed (on a GPU machine with its own torch: pip install -r requirements.txt)"
+            " needed (in an environment with its own torch: pip install '.[test]', and faiss by '.[gpu]' or"
+            " '.[cpu]')"
         )
 
 

@@ -8,8 +8,8 @@ import logging
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from mlpmem_ds.benchmarks.gpu_check.steps import Context
 
 _logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[3]
-_OPTIONAL = ("flash_attn", "webdataset", "mpi4py")
+_OPTIONAL = ("flash_attn", "mpi4py")
 _DISK_BYTES = 12e9
 
 
@@ -65,9 +65,8 @@ def test_maths(context: Context) -> None:
         twins = _ROOT / "tests" / "maths" / "kernels" / "test_twins.py"
         words = [str(twins), "-k", "rounded_once or mixture_ends or no_gradient"]
     _test(context, "main_thread", words)
-    thread = threading.Thread(target=_test, args=(context, "fresh_thread", words))
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        fresh.submit(_test, context, "fresh_thread", words).result()
 
 
 def test_libraries(context: Context) -> None:
@@ -84,7 +83,9 @@ def _test(context: Context, name: str, words: Sequence[str], *, min_passed: int 
         options.remove("0")
     if not context.sizes.is_rehearsal:
         options.remove("--noconftest")
-    pytest.main([*options, "-c", str(_ROOT / "pyproject.toml"), *words], plugins=[count])
+    code = pytest.main([*options, "-c", str(_ROOT / "pyproject.toml"), *words], plugins=[count])
     sys.stdout.flush()
     context.report.fact(f"passed_{name}", count.passed, "tests", at_least=min_passed)
     context.report.fact(f"failed_{name}", count.failed, "tests", at_most=0)
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"the tests could not run: pytest ended with code {int(code)}, see above")

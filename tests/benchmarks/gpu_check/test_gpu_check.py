@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from mlpmem_ds.benchmarks.gpu_check.steps import STEPS, Context, Step, figures_p
 from mlpmem_ds.core.config import parse_config
 
 BY_NAME = {step.name: step for step in STEPS}
+ROOT = Path(__file__).parents[3]
 
 
 def config(tmp_path: Path, **flags: Any) -> Config:
@@ -108,6 +113,46 @@ def test_what_the_machine_lacks_is_said_first(
     assert gpu_check.main([*words, "--only", "train_of_ranks"]) == 2
     assert "with --gpus 2 or more keys_of_ranks" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_needed_comes_with_the_package_and_its_extras() -> None:
+    """Those that docs/install.md names for a machine with GPUs."""
+    project = (ROOT / "pyproject.toml").read_text()
+    lists = re.findall(r"(?ms)^(?:dependencies|gpu|test) = \[(.*?)\]$", project)
+    brought = {name.replace("-", "_") for line in lists for name in re.findall(r'"([\w-]+)', line)}
+    assert len(lists) == 3 and set(gpu_check.NEEDED) - {"faiss"} <= brought and "faiss_gpu_cu12" in brought
+
+
+def test_what_the_tests_import_is_needed() -> None:
+    """No step collects a file whose imports fail; what it asks for by `importorskip` may be missing."""
+    for path in sorted((ROOT / "tests").glob("*/**/*.py")) + [ROOT / "tests" / "conftest.py"]:
+        if path.name != "conftest.py" and not path.name.startswith("test_"):
+            continue
+        text = path.read_text()
+        modules = set()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(str(node.module).partition(".")[0])
+        modules -= {*sys.stdlib_module_names, "mlpmem_ds", *re.findall(r'importorskip\(\s*"(\w+)', text)}
+        assert modules <= {*gpu_check.NEEDED}, path
+
+
+@pytest.mark.parametrize("name", ["main_thread", "fresh_thread"])
+def test_tests_that_did_not_run_are_not_ok(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pytest says so by an exit code alone: 4 where tests/conftest.py cannot be imported."""
+    is_main = name == "main_thread"
+
+    def run_none(*_: object, **__: object) -> int:
+        return 4 if (threading.current_thread() is threading.main_thread()) == is_main else 0
+
+    monkeypatch.setattr(pytest, "main", run_none)
+    for step in ("twins", "libraries") if is_main else ("twins",):
+        with pytest.raises(RuntimeError, match="pytest ended with code 4"):
+            run_step(BY_NAME[step], tmp_path, num_gpus=1, is_rehearsal=False)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
