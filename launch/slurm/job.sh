@@ -15,9 +15,10 @@ set -u
 
 # is_there DIRECTORY: it exists, or a stage before this one makes it
 is_there() {
-    local directory
+    local directory path
+    path=$(realpath -m -- "$1") # settings may name it through a link, or from here
     for directory in ${made[@]+"${made[@]}"}; do
-        [ "$directory" != "$1" ] || return 0
+        [ "$(realpath -m -- "$directory")" != "$path" ] || return 0
     done
     [ -e "$1" ]
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 
@@ -41,6 +42,18 @@ def test_the_stages_are_submitted_one_after_another_with_flags_that_they_have(cl
     assert "--nodes=2 --ntasks-per-node=8 --cpus-per-task=8 --time=24:00:00 --gpus-per-node=8" in train
     assert "--gpus-per-node" not in calls[0] and f"--chdir={ROOT}" in train
     assert (cluster.run / "slurm" / "jobs").read_text().split() == [str(101 + n) for n in range(len(ALL))]
+
+
+@pytest.mark.parametrize("kind", ["through a link", "relative", "with a slash"])
+def test_a_base_of_this_run_is_found_however_its_path_is_written(cluster: Cluster, kind: str) -> None:
+    cluster.make("corpus")
+    link = cluster.root / "link"
+    link.symlink_to(cluster.root)
+    relative = os.path.relpath(cluster.run, ROOT)
+    run = {"through a link": f"'{link}/a run'", "relative": f"'{relative}'"}.get(kind, f"'{cluster.run}'")
+    cluster.set(RUN=run, BASE='"$RUN/base/"' if kind == "with a slash" else '"$RUN/base"')
+    result = cluster.submit("--dry-run", str(cluster.settings), "train_base", "extract_keys")
+    assert result.returncode == 0 and result.stdout.count("--job-name") == 2, result.stderr
 
 
 def test_what_the_environment_says_is_no_result_of_a_check(cluster: Cluster) -> None:
