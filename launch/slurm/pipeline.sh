@@ -45,6 +45,12 @@ words_of() {
         ${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${@:2}" "launch/slurm/$stage.sbatch" "$settings")
 }
 
+# remove_new_folders: the folder of the logs, and those above it, as far as they were made here and are empty
+remove_new_folders() {
+    local folder=$RUN/slurm
+    while [ "$folder" != "$there" ] && rmdir -- "$folder" 2> /dev/null; do folder=${folder%/*}; done
+}
+
 # What the stages would do, one after another, as if those before had made their results.
 made=() todo=()
 for stage in "${stages[@]}"; do
@@ -69,12 +75,13 @@ if [ -s "$RUN/slurm/jobs" ]; then # of the last time
         fail "jobs of this run are in the queue: ${waiting//$'\n'/, }; scancel them first, or wait"
 fi
 # The folder of the logs must be there before the jobs; --test-only wants no dependency and starts nothing.
-made_folder=$([ -d "$RUN/slurm" ] || echo 1)
+there=$RUN/slurm
+until [ -e "${there:-/}" ]; do there=${there%/*}; done
 mkdir -p "$RUN/slurm" || fail "$settings: RUN=$RUN cannot be made a directory: choose another"
 for stage in "${todo[@]}"; do
     words_of "$stage"
     said=$(sbatch --test-only "${words[@]}" 2>&1) || {
-        [ -z "$made_folder" ] || rmdir -p --ignore-fail-on-non-empty "$RUN/slurm"
+        remove_new_folders
         fail "Slurm does not take $stage: ${said//$'\n'/; } (see its line of resources, and SBATCH_FLAGS)"
     }
 done
@@ -95,7 +102,7 @@ for stage in "${todo[@]}"; do
     echo "$stage: job ${jobs[-1]}" >&2
 done
 if [ -n "$dry" ]; then
-    [ -z "$made_folder" ] || rmdir -p --ignore-fail-on-non-empty "$RUN/slurm"
+    remove_new_folders
 else
     printf '%s\n' "${jobs[@]}" > "$RUN/slurm/jobs"
 fi

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,45 @@ def test_a_dry_run_submits_nothing_and_leaves_nothing(cluster: Cluster) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("sbatch --job-name=extract_keys --nodes=2 ")
     assert not cluster.said("sbatch") and not (cluster.run / "slurm").exists()
+
+
+def settings_of_a_first_run(cluster: Cluster, run: Path) -> None:
+    """They need nothing that is there in the run."""
+    text = cluster.root / "text"
+    text.mkdir()
+    cluster.set(RUN=f"'{run}'", TEXT=f"({text})", TOKENIZER="train:300")
+
+
+@pytest.mark.parametrize("run", [".", "run", "new/run"])
+def test_a_dry_run_leaves_the_folders_as_they_were(cluster: Cluster, run: str) -> None:
+    scratch = cluster.root / "scratch" / "alice"
+    scratch.mkdir(parents=True)
+    settings_of_a_first_run(cluster, scratch / run)
+    result = cluster.submit("--dry-run", str(cluster.settings), "prepare_corpus")
+    assert result.returncode == 0 and "--job-name=prepare_corpus" in result.stdout, result.stderr
+    assert scratch.is_dir() and not list(scratch.iterdir())
+
+
+def test_what_slurm_refuses_is_said_where_the_run_cannot_be_removed(cluster: Cluster) -> None:
+    plain_user = ("unshare", "--user", "--map-user=54321")  # root may remove it
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*plain_user, "true"], stderr=subprocess.DEVNULL).returncode
+    ):
+        pytest.skip("no user namespaces here")
+    run = cluster.root / "scratch" / "alice"
+    run.mkdir(parents=True)
+    settings_of_a_first_run(cluster, run)
+    run.parent.chmod(0o555)
+    result = subprocess.run(
+        [*plain_user, "bash", SLURM / "pipeline.sh", cluster.settings, "prepare_corpus"],
+        env=cluster.environment(NOT_POSSIBLE="prepare_corpus"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2 and "invalid partition" in result.stderr, result.stderr
+    assert run.is_dir() and not list(run.iterdir())
 
 
 WRONG = {
