@@ -200,6 +200,21 @@ def test_deepspeeds_probe_of_its_operators_runs_on_cpus_alone(
     assert probed == ([] if gpus else ["probe"])
 
 
+@pytest.mark.parametrize(
+    ("gpus", "given", "expected"), [(0, "cuda", "cpu"), (8, "cpu", None), (8, "cuda", "cuda")]
+)
+def test_deepspeed_computes_where_the_ranks_do(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, given: str, expected: str | None
+) -> None:
+    """A job takes DS_ACCELERATOR=cpu along from a login node, which has no GPU."""
+    pretend_gpus(monkeypatch, gpus)
+    monkeypatch.setenv("DS_ACCELERATOR", given)
+    monkeypatch.setattr(library, "import_part", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", lambda name: object())
+    library.import_deepspeed()
+    assert os.environ.get("DS_ACCELERATOR") == expected
+
+
 def test_float32_products_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container may have turned TF32 on."""
     pretend_gpus(monkeypatch, 8)

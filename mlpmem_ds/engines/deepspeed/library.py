@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 
+_logger = logging.getLogger(__name__)
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def import_deepspeed() -> Any:
-    """The library, on its CPU accelerator where there is no CUDA, and without its prints."""
+    """The library, on its CPU accelerator where there is no CUDA and only there, and without its prints."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+    elif os.environ.get("DS_ACCELERATOR") == "cpu":  # of a login node's shell, say, which a job takes along
+        del os.environ["DS_ACCELERATOR"]
+        _logger.info("DS_ACCELERATOR=cpu is ignored where PyTorch sees a GPU; CUDA_VISIBLE_DEVICES= hides it")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with silenced():
         library = importlib.import_module("deepspeed")
