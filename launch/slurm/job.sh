@@ -33,20 +33,23 @@ needs() {
 # makes DIRECTORY [FILE]: of this stage, complete where it holds this file
 makes() { mark=$1/${2:-manifest.json}; }
 
-# requires NAME VALUES...: a setting, not empty; values that are paths exist
+# requires NAME VALUES...: a setting of files and directories, not empty; they exist. URLs, patterns, packages
+# (docs:torch) and data sets (datasets:NAME) are left to the stage.
 requires() {
     [ -n "$is_check" ] || return 0
-    local value
+    local value elsewhere='^(docs|datasets):|^[a-z][a-z0-9+.-]+:/|[*?[]'
     [ $# -gt 1 ] && [ -n "$2" ] || fail "$settings: $1 is not set, and $stage needs it"
     for value in "${@:2}"; do
-        [[ $value != [./~]* ]] || is_there "$value" || [[ $value == *[*?[]* ]] ||
-            fail "$settings: $1: $value does not exist"
+        [[ $value =~ $elsewhere ]] || is_there "$value" || fail "$settings: $1: $value does not exist"
     done
 }
 
+# requires_model NAME VALUE: a setting of a directory, or of a name, which does not begin as a path
+requires_model() { [[ $2 == [^./~]* ]] || requires "$@"; }
+
 # needs_base: a directory, or a name that the nodes find without the Hub
 needs_base() {
-    requires BASE "$BASE"
+    requires_model BASE "$BASE"
     [ -z "$is_check" ] || is_there "$BASE" || [ "${HF_HUB_OFFLINE:-1}" = 0 ] || python -c '
 import sys
 from huggingface_hub import try_to_load_from_cache

@@ -145,6 +145,23 @@ WRONG = {
     "no time": ({"more": "resources train 2 8 1 0 long"}, ["train"], "time: 'long' is not"),
     "no seconds": ({"SECONDS_TO_SAVE": "soon"}, ["train"], "SECONDS_TO_SAVE: 'soon' is not a number"),
     "not bash": ({"more": "if"}, ["train"], "could not be read by bash|syntax error"),
+    "no text from here": ({"TEXT": "(no_text)"}, ["prepare_corpus"], "TEXT: no_text does not exist"),
+    "a text among others": (
+        {"TEXT": "(docs:torch datasets:a/b 'launch/*.py' no_text)"},
+        ["prepare_corpus"],
+        "TEXT: no_text does not exist",
+    ),
+    "a mistyped configuration": (
+        {"DS_CONFIG": "ds_configs/zero_2.json"},
+        ["train"],
+        "DS_CONFIG: ds_configs/zero_2.json does not exist",
+    ),
+    "no other text from here": ({"GENERAL": "(runs/no)"}, ["fit_gate"], "GENERAL: runs/no does not exist"),
+    "no other text at all": (
+        {"GENERAL": "(s3://bucket/general 'runs/no')"},
+        ["fit_gate"],
+        "GENERAL: runs/no does not exist",
+    ),
     "no other text": ({"GENERAL": "(/no/general)"}, ["fit_gate"], "GENERAL: /no/general does not exist"),
     "no environment": ({"ENVIRONMENT": "'source /no/file'"}, ["train"], "ENVIRONMENT=.* failed"),
 }
