@@ -52,9 +52,9 @@ class Command:
         """Read the flags as the command does, and run nothing: 0, or 2 with what is wrong with them."""
 
         def act() -> int:
-            from mlpmem_ds.core.front_end import run_front_end
+            from mlpmem_ds.core.front_end import check_flags
 
-            return run_front_end(_load(self.config), lambda config, world: None, argv=argv, prog=prog)
+            return check_flags(_load(self.config), argv, prog=prog)
 
         return _guarded(act, prog)
 

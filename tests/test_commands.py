@@ -49,6 +49,8 @@ def test_flags_are_checked_without_a_run(tmp_path: Path, capfd: pytest.CaptureFi
         commands.main(["--check", *words, "--num-shard", "2"])
     assert caught.value.code == 2 and "did you mean --num-shards?" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    words[2] = "memory://flags/are/read/and/nothing/is/fetched"
+    assert commands.main(["--check", *words]) == 0
     for name in ("bench", "build_inde"):  # nothing to check, and nothing may run
         assert commands.main(["--check", name]) == 2
         assert "not of '" in capfd.readouterr().err

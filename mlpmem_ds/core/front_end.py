@@ -81,12 +81,11 @@ def run_front_end(
         prog: the command's name in the usage line and in messages; None = as the process was called.
     """
     prog = Path(sys.argv[0]).name if prog is None else prog
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if not _is_local_rank(word)]
 
     def act(this: Run) -> int:
         keep_bars_to_terminals(os.environ, is_terminal=sys.stderr.isatty())
         move_caches(os.environ)
-        config = parse_config(config_class, words, prog=prog)
+        config = parse_config(config_class, _own_flags(argv), prog=prog)
         if sys.flags.optimize > 1:
             raise UserError(
                 "python -OO (PYTHONOPTIMIZE=2) removes the docstrings that transformers reads: run without"
@@ -109,6 +108,16 @@ def run_front_end(
             raise
         if isinstance(text, str):
             sys.stdout.write(text + "\n")
+        return 0
+
+    return guarded(act, prog=prog)
+
+
+def check_flags(config_class: type[ConfigType], argv: Sequence[str], *, prog: str) -> int:
+    """Parse the command line as `run_front_end` does, and run, fetch and write nothing; the exit code."""
+
+    def act(_: Run) -> int:
+        parse_config(config_class, _own_flags(argv), prog=prog)
         return 0
 
     return guarded(act, prog=prog)
@@ -195,6 +204,8 @@ def _thread_errors_in_a_line(this: Run) -> Iterator[None]:
         threading.excepthook = former
 
 
-def _is_local_rank(word: str) -> bool:
-    """The deepspeed launcher appends --local_rank=N, which LOCAL_RANK says too."""
-    return word.startswith(("--local_rank=", "--local-rank="))
+def _own_flags(argv: Sequence[str] | None) -> list[str]:
+    """The flags (None = those of this process) without --local_rank=N, which the deepspeed launcher appends
+    and LOCAL_RANK says too."""
+    words = sys.argv[1:] if argv is None else argv
+    return [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
