@@ -99,9 +99,15 @@ def test_the_units_of_a_rank_that_died_are_made_and_of_a_live_one_waited_for(
         run(config, World(rank=1, size=2), fail_at="1")
     holder = subprocess.Popen(["sleep", "60"])  # a rank of this host that is at unit 3 when it is killed
     (config.output / "done" / ".3.claim").write_text(claims.holder(holder.pid))
-    killer = threading.Timer(0.6, holder.kill)
-    killer.start()
+
+    def kill_while_it_waits() -> None:
+        while not (config.output / "done" / "1.json").exists():
+            time.sleep(0.01)
+        time.sleep(0.6)
+        holder.kill()
+
     start = time.monotonic()
+    threading.Thread(target=kill_while_it_waits, daemon=True).start()
     assert run(config, World(rank=0, size=2)) == ["0", "2", "4", "1", "3"]
     assert time.monotonic() - start > 0.5
     holder.wait()
@@ -118,8 +124,8 @@ def test_a_rank_waits_for_a_phase_and_makes_it_when_its_owner_dies(tmp_path: Pat
     (config.output / "done" / ".first.claim").write_text(claims.holder(holder.pid))
     made: list[float] = []
     killer = threading.Timer(0.6, holder.kill)
-    killer.start()
     start = time.monotonic()
+    killer.start()
 
     def compute(unit: str, writer: UnitWriter) -> Mapping[str, Any]:
         made.append(time.monotonic() - start)
@@ -184,12 +190,11 @@ def test_who_waits_returns_when_the_directory_is_complete_also_where_the_writer_
     )
     holder = subprocess.Popen(["sleep", "60"])  # a rank of this host that is killed before its manifest
     (config.output / ".manifest.claim").write_text(claims.holder(holder.pid))
-    killer = threading.Timer(0.6, holder.kill)
-    killer.start()
     calls: list[str] = []
     directory.run_units(UNITS, lambda unit, writer: pytest.fail("made already"))
     directory.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: calls.append("not waited"))
     assert not directory.manifest_path.exists()
+    threading.Timer(0.6, holder.kill).start()
     directory.complete(UNITS, lambda: {"total": 10}, afterwards=lambda: calls.append("waited"), wait=True)
     holder.wait()
     assert directory.manifest_path.is_file() and calls == ["waited"]
