@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -31,16 +32,33 @@ def test_raised_once_and_given_back() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_who_takes_or_ignores_it_already_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
+def test_who_takes_or_ignores_it_already_keeps_it() -> None:
+    taken: list[int] = []
+
+    def take(number: int, frame: FrameType | None) -> None:
+        taken.append(number)
+
+    for own in (take, signal.SIG_IGN):
+        former = signal.signal(signal.SIGTERM, own)
+        try:
+            with terminated_by_sigterm():
+                signal.raise_signal(signal.SIGTERM)
+                assert signal.getsignal(signal.SIGTERM) is own
+            assert signal.getsignal(signal.SIGTERM) is own
+        finally:
+            signal.signal(signal.SIGTERM, former)
+    assert taken == [signal.SIGTERM]
+
+
+def test_another_thread_than_the_main_one_changes_nothing() -> None:
+    """Python lets the main thread alone set a handler."""
+
+    def enter() -> object:
         with terminated_by_sigterm():
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, former)
-    thread = threading.Thread(target=lambda: terminated_by_sigterm().__enter__())
-    thread.start()
-    thread.join()
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(enter).result() is signal.SIG_DFL
 
 
 def test_a_child_dies_of_it_and_its_parent_lives() -> None:
