@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -96,8 +97,9 @@ def test_zstd_and_tar_read_a_shard(targets_dir: Path, first_shard: str, tmp_path
         ).stdout
     else:
         tar = (targets_dir / first_shard).read_bytes()
+    environment = {**os.environ, "TZ": "UTC", "LC_ALL": "C"}  # tar shows times of this place
     listing = subprocess.run(
-        ["tar", "-tv"], input=tar, check=True, capture_output=True, text=False
+        ["tar", "-tv"], input=tar, check=True, capture_output=True, env=environment
     ).stdout.decode()
     assert listing.splitlines()[0].startswith("-rw-r--r-- 0/0") and "1970-01-01" in listing
     (tmp_path / "shard.tar").write_bytes(tar)
