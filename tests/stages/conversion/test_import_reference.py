@@ -76,10 +76,10 @@ def test_memory_directory_and_export_of_a_published_memory(
     assert trained.provenance.input_layer == 1 and trained.provenance.imported.name == "memory-of-others"
     memory = Memory(MemoryConfig.from_dict(trained.memory))
     memory.load_state_dict(trained.weights)
-    before = (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
+    manifest, weights = (tmp_path / "memory" / name for name in ("manifest.json", "weights/model.safetensors"))
+    before, written_at = manifest.read_bytes(), weights.stat().st_mtime_ns
     convert_checkpoint.run(config, World())  # a rerun has nothing to do
-    assert (tmp_path / "memory" / "weights" / "model.safetensors").is_file()
-    assert before <= (tmp_path / "memory" / "manifest.json").stat().st_mtime_ns
+    assert manifest.read_bytes() == before and weights.stat().st_mtime_ns == written_at
 
     convert_checkpoint.run(
         config_of(published, base_dir, corpus_dir, tmp_path / "export", lmbda=0.4), World()
