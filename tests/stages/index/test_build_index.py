@@ -169,7 +169,7 @@ def test_damage_is_repaired(keys: Path, undisturbed: Path, tmp_path: Path, damag
     assert (root / "shard-0.faissindex").stat().st_mtime_ns == untouched
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(2, 20)])
+@pytest.mark.parametrize(("ranks", "kills"), [(2, 6)])
 def test_runs_killed_at_random_leave_the_bytes_of_an_undisturbed_one(
     keys: Path,
     undisturbed: Path,
