@@ -76,7 +76,9 @@ def test_memory_directory_and_export_of_a_published_memory(
     assert trained.provenance.input_layer == 1 and trained.provenance.imported.name == "memory-of-others"
     memory = Memory(MemoryConfig.from_dict(trained.memory))
     memory.load_state_dict(trained.weights)
-    manifest, weights = (tmp_path / "memory" / name for name in ("manifest.json", "weights/model.safetensors"))
+    manifest, weights = (
+        tmp_path / "memory" / name for name in ("manifest.json", "weights/model.safetensors")
+    )
     before, written_at = manifest.read_bytes(), weights.stat().st_mtime_ns
     convert_checkpoint.run(config, World())  # a rerun has nothing to do
     assert manifest.read_bytes() == before and weights.stat().st_mtime_ns == written_at
