@@ -321,6 +321,15 @@ class Runs:
         for name in first:
             assert torch.equal(first[name], second[name]), name
 
+    def perplexities(self, name: str) -> list[float]:
+        """Of a language model's validations."""
+        return [validation["perplexity"] for validation in self.manifest(name)["training"]["validations"]]
+
+    def assert_same_bytes(self, one: str, other: str) -> None:
+        """Of two language models' weights."""
+        first, second = ((self.root / name / "model.safetensors").read_bytes() for name in (one, other))
+        assert first == second
+
     def unfinish(self, name: str) -> None:
         """Take the result away; the checkpoints stay."""
         (self.root / name / "manifest.json").unlink()

@@ -90,10 +90,6 @@ def grow_old(output, seconds):
         publish_json(path, manifest, seal=True)
 
 
-def perplexities(runs, name):
-    return [validation["perplexity"] for validation in runs.manifest(name)["training"]["validations"]]
-
-
 def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(runs, root, single):
     model = AutoModelForCausalLM.from_pretrained(runs / "one").eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(runs / "one")
@@ -105,28 +101,23 @@ def test_the_result_is_a_model_with_its_tokenizer_and_the_perplexity_it_says(run
         logs = torch.log_softmax(model(tokens[None, :-1]).logits[0].double(), dim=1)
         scores = logs.gather(1, tokens[1:, None])[:, 0]
         total += float(scores[window.start - window.context_start :].sum())
-    said = perplexities(runs, "one")
+    said = runs.perplexities("one")
     assert math.exp(-total / corpus.num_positions) == pytest.approx(min(said), rel=1e-5)
     assert len(said) == 3 and said[-1] < said[0] < corpus.vocab_size
 
 
-def assert_same_bytes(runs, one, other):
-    first, second = ((runs / name / "model.safetensors").read_bytes() for name in (one, other))
-    assert first == second
-
-
 def test_a_stopped_run_continues_to_the_same_bytes(runs, single):
     assert "stopped as asked" in single
-    assert_same_bytes(runs, "stopped", "one")
+    runs.assert_same_bytes("stopped", "one")
 
 
 def test_a_run_killed_within_an_epoch_loses_few_steps_and_no_bit(runs, single):
     """Dropout included, which draws random numbers at each step."""
     assert re.search(r"resuming from \S+/killed/checkpoints/\S+ \(step 4\)", single)
     assert runs.manifest("killed")["training"]["steps"] > 2 * 5  # the fifth was within an epoch
-    assert perplexities(runs, "killed") == perplexities(runs, "straight")
-    assert len(perplexities(runs, "killed")) == 2
-    assert_same_bytes(runs, "killed", "straight")
+    assert runs.perplexities("killed") == runs.perplexities("straight")
+    assert len(runs.perplexities("killed")) == 2
+    runs.assert_same_bytes("killed", "straight")
 
 
 def test_the_default_learning_rate_is_written_as_a_number(runs, single):
@@ -140,13 +131,13 @@ def test_the_default_learning_rate_is_written_as_a_number(runs, single):
 def test_two_ranks_are_one(runs, single, forked_commands):
     torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2"]
     said = runs.launch([*torchrun, "--no-python", forked_commands / "python"], runs.start("two", 2))
-    np.testing.assert_allclose(perplexities(runs, "two"), perplexities(runs, "one"), rtol=1e-4)
+    np.testing.assert_allclose(runs.perplexities("two"), runs.perplexities("one"), rtol=1e-4)
     assert "FutureWarning" not in said  # of PyTorch's new names, about what DeepSpeed calls
 
 
 def test_early_stop_and_deadline(runs, single):
     over = runs.manifest("over")["training"]
-    numbers = perplexities(runs, "over")
+    numbers = runs.perplexities("over")
     best = int(np.argmin(numbers))
     assert len(numbers) == best + 2 < 9
     assert over["selected_step"] == over["validations"][best]["step"]

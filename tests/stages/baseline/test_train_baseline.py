@@ -58,22 +58,13 @@ def perplexity(path, corpus_dir):
     return math.exp(-total / corpus.num_positions)
 
 
-def perplexities(runs, name):
-    return [validation["perplexity"] for validation in runs.manifest(name)["training"]["validations"]]
-
-
-def assert_same_bytes(runs, one, other):
-    first, second = ((runs / name / "model.safetensors").read_bytes() for name in (one, other))
-    assert first == second
-
-
 @pytest.mark.parametrize("ds_config", ["float32", "bf16"])
 def test_training_on_gives_a_better_plain_model(runs, corpus_dir, llama, ds_config):
     name, is_bf16 = f"continued-{ds_config}", ds_config == "bf16"
     job = {"kind": "continued", "learning_rate": 0.01}
     (said,) = runs.succeed(runs.start(name, runs.ds_config(1, bf16=is_bf16), **job))
     assert "all weights of the base" in said
-    manifest, found = runs.manifest(name), perplexities(runs, name)
+    manifest, found = runs.manifest(name), runs.perplexities(name)
     assert manifest["format"] == "mlpmem-baseline" and manifest["kind"] == "continued"
     assert manifest["parameters"] == manifest["parameters_trained"] and manifest["rank"] is None
     assert len(found) > manifest["training"]["steps"] / len(found) >= 1  # several times an epoch
@@ -94,8 +85,8 @@ def test_a_stopped_run_continues_and_two_ranks_are_one(runs):
         )
     )
     runs.succeed(straight, stopped, again, two)
-    assert_same_bytes(runs, "straight", "stopped")
-    np.testing.assert_allclose(perplexities(runs, "two"), perplexities(runs, "straight"), rtol=1e-4)
+    runs.assert_same_bytes("straight", "stopped")
+    np.testing.assert_allclose(runs.perplexities("two"), runs.perplexities("straight"), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +110,7 @@ def low_rank(runs):
 def test_low_rank_matrices_are_merged_into_a_plain_model(runs, corpus_dir, llama, low_rank):
     import peft
 
-    manifest, found = runs.manifest("lora"), perplexities(runs, "lora")
+    manifest, found = runs.manifest("lora"), runs.perplexities("lora")
     # A rank adds the inputs and outputs of q, k, v, o, gate, up and down in each of two layers.
     each = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert manifest["rank"] == round(6000 / each) == 6
@@ -138,10 +129,10 @@ def test_low_rank_matrices_are_merged_into_a_plain_model(runs, corpus_dir, llama
 
 
 def test_low_rank_training_resumes_and_keeps_nothing_of_the_base(runs, low_rank):
-    assert_same_bytes(runs, "lora", "lora-stopped")
+    runs.assert_same_bytes("lora", "lora-stopped")
     for name in ("lora-two", "lora-moved", "lora-bf16"):
         tolerance = 0.05 if name == "lora-bf16" else 1e-4
-        np.testing.assert_allclose(perplexities(runs, name), perplexities(runs, "lora"), rtol=tolerance)
+        np.testing.assert_allclose(runs.perplexities(name), runs.perplexities("lora"), rtol=tolerance)
     (weights,) = (runs / "lora" / "best").glob("step-*.safetensors")
     assert all("lora_" in name for name in load_file(weights))
     trained = runs.manifest("lora")["parameters_trained"]
@@ -160,9 +151,9 @@ def test_a_bigger_model_has_the_size_of_base_and_memory(runs, corpus_dir, llama)
     model = AutoModelForCausalLM.from_pretrained(runs / "bigger")
     assert model.num_parameters() == manifest["parameters"] and "a new model of the base's family" in said
     assert isinstance(model, LlamaForCausalLM) and model.config.tie_word_embeddings
-    assert perplexities(runs, "bigger")[-1] < VOCAB_SIZE
+    assert runs.perplexities("bigger")[-1] < VOCAB_SIZE
     assert perplexity(runs / "bigger", corpus_dir) == pytest.approx(
-        min(perplexities(runs, "bigger")), rel=1e-5
+        min(runs.perplexities("bigger")), rel=1e-5
     )
 
 
@@ -185,7 +176,7 @@ def test_a_killed_start_changes_no_byte(runs):
         runs.start("whole", 2, **job),
     )
     assert results == [[-signal.SIGKILL], [0], [0]], "".join(said)
-    assert_same_bytes(runs, "killed", "whole")
+    runs.assert_same_bytes("killed", "whole")
 
 
 @pytest.mark.parametrize(
