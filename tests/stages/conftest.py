@@ -45,6 +45,7 @@ from mlpmem_ds.models.memory import Memory
 from mlpmem_ds.models.memory_config import MemoryConfig
 
 from ..joint_models import joined
+from ..launcher_environment import environment_without_launchers
 from ..manifests import codec_manifest, keys_manifest
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -168,13 +169,9 @@ def make_keys() -> Callable[..., Path]:
 
 def _environment() -> dict[str, str]:
     """Of a process that trains: ours, without what a launcher has left there."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("OMPI_", "PMIX", "SLURM", "MASTER"))
-    }
     places = os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")])  # optional packages too
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "PYTHONWARNINGS": "ignore"}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "PYTHONWARNINGS": "ignore"}
+    return environment_without_launchers() | more
 
 
 @pytest.fixture(scope="session")

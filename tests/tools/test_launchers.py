@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 from mlpmem_ds.core.front_end import run_front_end
 from mlpmem_ds.core.log import read_events
 from mlpmem_ds.stages.keys import extract_keys
+
+from ..launcher_environment import environment_without_launchers
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -54,13 +55,10 @@ def test_real_launchers(
     tool = BIN / launcher[0]
     if not tool.is_file():
         pytest.skip(f"{launcher[0]} is not installed")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
-    }
     done = subprocess.run(
         [str(tool), *launcher[1:], "tools/extract_keys.py", *flags(base_dir, corpus_dir, tmp_path / "out")],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment_without_launchers() | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,

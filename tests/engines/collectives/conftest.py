@@ -1,6 +1,5 @@
 """Ranks as processes."""
 
-import os
 import pickle
 import socket
 import subprocess
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ...launcher_environment import environment_without_launchers
+
 ROOT = Path(__file__).parents[3]
 PROGRAM = Path(__file__).with_name("rank_program.py")
-OF_LAUNCHERS = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MASTER_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
 
 RunRanks = Callable[..., list[dict[str, Any]]]
 
@@ -24,7 +24,7 @@ def run_ranks(tmp_path: Path, forked_commands: Path) -> RunRanks:
 
     def run(how: str, size: int, scenario: str, *, launcher: list[str] = [], code: int = 0) -> list[dict]:  # noqa: B006
         words = [*launcher, forked_commands / "python", str(PROGRAM), how, str(size), scenario, str(tmp_path)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
+        environment = environment_without_launchers()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

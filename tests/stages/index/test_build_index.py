@@ -4,7 +4,6 @@ faiss reads them."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import socket
 import subprocess
@@ -23,6 +22,8 @@ from mlpmem_ds.formats.index_directory import open_index
 from mlpmem_ds.stages.index import build_index
 from mlpmem_ds.stages.index.factory import index_bytes
 from mlpmem_ds.stages.retrieval.shard_lists import map_lists
+
+from ...launcher_environment import environment_without_launchers
 
 NUM_KEYS, DIM = 1003, 16
 FORKED_INDEX = Path(__file__).with_name("forked_index.py")
@@ -101,7 +102,8 @@ def test_ranks_that_train_together_give_the_same_files(
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     words = [forked_commands / "python", FORKED_INDEX, keys, tmp_path / "index", how, str(size)]
-    environment = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FORKED_INDEX.parents[3])}
+    environment = environment_without_launchers() | place
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FORKED_INDEX.parents[3])}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert result_of(tmp_path / "index") == result_of(undisturbed)
@@ -124,12 +126,10 @@ def test_ranks_of_mpirun_train_together(
         "tools/build_index.py",
     ]
     flags = ["--keys", keys, "--output", tmp_path / "index", "--factory", "IVF8,PQ4", "--num-shards", "3"]
-    of_launchers = ("OMPI_", "PMIX_", "PRTE_", "RANK", "WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
     done = subprocess.run(
         [*words, *flags, "--exchange", "mpi"],
         cwd=root,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment_without_launchers() | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import socket
@@ -28,12 +27,12 @@ from mlpmem_ds.stages.targets import calls, write_targets
 from mlpmem_ds.stages.targets.calls import num_calls
 from mlpmem_ds.stages.targets.units import ShardWriter
 
+from ...launcher_environment import environment_without_launchers
 from .conftest import COMPACT, config, result_of
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = Path(__file__).with_name("rank_program.py")
 MPIRUN = Path(sys.executable).parent / "mpirun"
-OF_LAUNCHERS = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MASTER_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
 
 
 RunTogether = Callable[..., tuple[int, str]]
@@ -57,7 +56,7 @@ def _run_together(
 ) -> tuple[int, str]:
     path = wanted.output.with_suffix(".config")
     path.write_bytes(pickle.dumps(wanted))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
+    environment = environment_without_launchers()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

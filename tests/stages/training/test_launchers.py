@@ -12,6 +12,8 @@ import pytest
 
 from mlpmem_ds.formats.keys import open_keys
 
+from ...launcher_environment import environment_without_launchers
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 BATCH = 48
 FLAGS = {
@@ -60,11 +62,11 @@ def start_deepspeed(job):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "MASTER"))}
     return subprocess.Popen(
         [Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2", "--master_port", port]
         + ["launch/train.py", *words],
-        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
+        env=environment_without_launchers()
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
