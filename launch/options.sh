@@ -121,8 +121,9 @@ trained() {
 # must_be_complete DIRECTORY: of a training; one that was stopped has saved, and its ranks have ended with 0,
 # as has a launcher that was killed
 must_be_complete() {
-    [ -f "$1/manifest.json" ] ||
-        fail "the training of $1 was stopped before its end: the same command continues"
+    [ -f "$1/manifest.json" ] && return
+    echo "error: the training of $1 was stopped before its end: the same command continues" >&2
+    exit 75
 }
 
 # has_splits CORPUS OPTION TOKENS: refuse a corpus with fewer tuning or test tokens: the last steps need them

@@ -9,7 +9,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 newer="set PYTHON=/path/to/python (3.10 or newer)"
 
 # Two that were started at once do not write one environment: the second waits, and finds it made.
-if [ -w . ] && command -v flock > /dev/null; then
+if [ -w . ] && { [ ! -e .venv.lock ] || [ -w .venv.lock ]; } && command -v flock > /dev/null; then
     exec 9> .venv.lock
     flock -n 9 2> /dev/null || [ $? != 1 ] || { # other codes: a file system without locks
         echo "Another set-up of .venv is at work: waiting for its end ..." >&2
@@ -19,12 +19,12 @@ fi
 
 # An environment that works stays, with all that is installed in it, whichever python3 this shell has.
 python=${PYTHON:-python3}
-if [ -z "${PYTHON:-}" ] && [ -f .venv/bin/activate ] && .venv/bin/python -c '' 2> /dev/null; then
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; }
+if [ -z "${PYTHON:-}" ] && [ -f .venv/bin/activate ] && is_new_enough .venv/bin/python; then
     python=.venv/bin/python
 fi
 command -v "$python" > /dev/null || fail "no $python on this machine: $newer"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "$("$python" --version) is too old: $newer"
+is_new_enough "$python" || fail "$("$python" --version) is too old: $newer"
 
 # What the environment is made from; the stamp holds its checksum once all is installed.
 checksum='import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'

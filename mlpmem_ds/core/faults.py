@@ -72,7 +72,7 @@ _SAID_BY_LIBRARIES = _LASTING | {errno.EROFS, errno.EACCES}
 # What libraries say of a file that could not be written, without the system's number.
 _CUT_SHORT = re.compile(
     r"PytorchStreamWriter failed|file write failed|unexpected pos \d+|\d+ requested and \d+ written|"
-    r"database or disk is full"
+    r"database or disk is full|File .* cannot be opened\.|Parent directory .* does not exist|basic_ios::clear"
 )
 _NUMBERED = re.compile(r"os error (\d+)|\[errno (\d+)\]", re.IGNORECASE)
 _NO_MEMORY = re.compile(

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,14 +197,14 @@ def ranks_of_stage(root: Path) -> int | None:
 
 
 def ranks_of_machine(root: Path, world: int) -> int | None:
-    """The most ranks that a stage had on one machine when it was started as `world` of them; None where its
-    log.jsonl does not say it."""
-    ranks: dict[str, set[int]] = defaultdict(set)
-    for event in read_events(root / "log.jsonl"):
+    """The most ranks that a stage had on one machine when it was last started as `world` of them; None where
+    its log.jsonl does not say it."""
+    boots: dict[int, str] = {}  # of ranks: containers of one machine have other host names
+    for event in sorted(read_events(root / "log.jsonl"), key=lambda event: event["time"]):
         words = str(event.get("process", "")).split()
         if event["event"] == "started" and event.get("world") == world and len(words) > 1:
-            ranks[words[1]].add(event["rank"])  # by the boot: containers of one machine have other host names
-    return max(map(len, ranks.values()), default=None)
+            boots[event["rank"]] = words[1]
+    return max(Counter(boots.values()).values(), default=None)
 
 
 class Progress:

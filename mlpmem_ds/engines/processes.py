@@ -79,6 +79,11 @@ def start_waiting_group(world: World, timeout: datetime.timedelta) -> None:
         ) from error
 
 
+def group_maker(timeout: datetime.timedelta) -> Callable[..., Any]:
+    """Makes groups of ranks as torch's `new_group` does, whose collectives end after this time."""
+    return partial(torch.distributed.new_group, timeout=timeout)
+
+
 def leave_process_group() -> None:
     """Before the interpreter ends: leave the group, and let gloo's threads drop the last tensors.
 

@@ -144,13 +144,16 @@ def test_the_ranks_of_a_stage_are_those_that_were_at_work_longest(
     assert ranks_of_stage(tmp_path) == 2
 
 
-def test_the_ranks_of_a_machine_are_the_most_that_its_boot_has_started(tmp_path: Path) -> None:
-    """Of starts as so many ranks; a continued one is not of more machines, nor are containers of one."""
+def test_the_ranks_of_a_machine_are_the_most_that_its_boot_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last start as so many ranks; containers of one machine are on one."""
     assert ranks_of_machine(tmp_path, 3) is None
     log = EventLog(tmp_path / "log.jsonl", World(rank=0, size=3))
     log.write("started", world=3)  # as an earlier program wrote it
     assert ranks_of_machine(tmp_path, 3) is None
-    for boots in (("a", "a", "b"), ("c", "c", "b")):
+    for moment, boots in ((0.0, ("a", "a", "b")), (1000.0, ("b", "b", "a"))):
+        monkeypatch.setattr("mlpmem_ds.core.log.time.time", lambda moment=moment: moment)
         for rank, boot in enumerate(boots):
             log = EventLog(tmp_path / "log.jsonl", World(rank=rank, size=3, is_on_first_host=boot != "b"))
             log.begin(world=3, process=f"container-{rank} {boot} 12 345")

@@ -202,7 +202,10 @@ def test_what_is_no_fault_of_the_disk_is_not_reported_as_a_full_one(tmp_path, fa
     "words",
     [
         "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0",
-        "basic_ios::clear: No space left on device",
+        "basic_ios::clear: iostream error",
+        "File /run/checkpoints/step-00000005.tmp/rank0.pt cannot be opened.",
+        "Parent directory /run/checkpoints/step-00000005.tmp does not exist.",
+        "No space left on device",
     ],
 )
 def test_a_library_that_could_not_write_is_told_as_the_system_would_be(tmp_path, words):

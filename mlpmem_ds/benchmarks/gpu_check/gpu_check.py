@@ -131,8 +131,8 @@ def check_packages() -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"{sys.executable} lacks {', '.join(missing)}: bash launch/setup.sh makes .venv with all that is"
-            " needed (in an environment with its own torch: pip install '.[test]', and faiss by '.[gpu]' or"
-            " '.[cpu]')"
+            " needed (in an environment with its own torch: pip install --no-build-isolation '.[gpu,test]',"
+            " or '.[cpu,test]' without flash-attn and faiss-gpu)"
         )
 
 

@@ -72,7 +72,7 @@ MEMORIES: Mapping[str, MemoryArm] = {
     SUBJECT: MemoryArm(
         flags=_AUTO,
         description=(
-            "memory of **the recommended recipe**: three layers read, started as the base (at random on text"
+            "memory of **the recommended recipe**: three depths read, started as the base (at random on text"
             " that the base was itself trained on), what is minimized chosen by `--objective auto`"
         ),
         is_default=True,
@@ -146,7 +146,7 @@ _UNTRAINED = {
     ENSEMBLE: "the base mixed with a second language model: `continued`, else `bigger`; λ tuned",
     ENSEMBLE_GATE: (
         "`base+ensemble` with a gate fitted as the memory's is, of the same features: whether a model that"
-        " forgets can be gated too, at the price of a whole second model at every token"
+        " forgets can be gated too, at the cost of a whole second model at every token"
     ),
     BANK: "both texts' memories at once under one gate",
 }

@@ -86,6 +86,7 @@ class Push:
         """Take away what says that the mirror is whole; no object that is there is believed."""
         self._require_all()
         _logger.warning("%s: all files are sent again, in place of what it holds", self._store.url)
+        self._refuse_another_directory()  # a checkpoint that is removed meanwhile stays in the store
         self._former = None
         self._journal.remove()
         withdraw(self._store)
@@ -150,6 +151,7 @@ class Push:
         _logger.info("%s: files were made anew since it was sent: sending them", self._directory.root)
         for record in listing.files:
             self._journal.note(record)
+        self._refuse_another_directory()
         withdraw(self._store)
         begin(self._store, self.of, name=str(self._directory.root))
         self._former = None

@@ -305,6 +305,8 @@ def _dtype_of(path: Path, place: str, name: Any) -> torch.dtype | None:
     except ValueError as error:
         raise _not_a_dtype(path, place, name) from error
     assert isinstance(dtype, torch.dtype)
+    if not dtype.is_floating_point:  # DeepSpeed takes int8: gradients below 1 are 0 in it
+        raise _not_a_dtype(path, place, name)
     return dtype
 
 

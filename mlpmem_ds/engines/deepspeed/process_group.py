@@ -9,7 +9,6 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from mlpmem_ds.engines.collectives.ranks import RANK_TIMEOUT_SECONDS
 from mlpmem_ds.engines.deepspeed.library import import_deepspeed, import_part
 from mlpmem_ds.engines.devices import device_of_rank, gpu_number, identity_of
 from mlpmem_ds.engines.processes import (
+    group_maker,
     has_group,
     join_store,
     keep_freed_memory,
@@ -75,7 +75,7 @@ def set_up_distributed(
     )
     # The ranks of an engine meet in groups of DeepSpeed's own, for which it names no timeout: NCCL's are then
     # of ten minutes.
-    import_part("comm.comm").cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)
+    import_part("comm.comm").cdb.new_group = group_maker(timeout)
     atexit.register(leave_process_group)
     start_waiting_group(world, timeout)
     if store is not None:

@@ -35,8 +35,8 @@ class Config(Flags):
         "of a URL alone: read every object and compare its checksum; after sending: the same", False
     )
     replace: bool = option(
-        "send all anew where the URL has a whole mirror, or that of another directory; fetch over another"
-        " export, checkpoint or model",
+        "send all anew where the URL has a whole mirror, or that of another directory; fetch over files of"
+        " the same names of another export, checkpoint or model",
         False,
     )
     checkpoints: bool = option(

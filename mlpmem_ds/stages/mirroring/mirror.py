@@ -123,7 +123,7 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
                 if pushed.num_files:
                     _logger.info("%s", _in_words(place, pushed))
         with _warned_of(failures, is_first=is_first):
-            gone = {name for name in pushes if not (source / name).is_dir()}
+            gone = {name for name in pushes if _is_gone(source, name)}
             was_sent = {each.name: join_url(url, each.name) in states for each in directories}
             if config.checkpoints and was_sent != cleared:
                 sent = [each for each in directories if was_sent[each.name]]
@@ -157,7 +157,13 @@ def _removed_checkpoints(source: Path, url: str, directories: Iterable[LocalDire
             names = Store(join_url(url, directory.name)).sizes(CHECKPOINTS)
             begun = _folders_of(names, BEGUN) - _folders_of(names, FILES)
             halves |= {f"{directory.name}/{name}".lstrip("/") for name in begun if _training_of(name) == ""}
-    return {name for name in halves if is_name_inside(name) and not (source / name).is_dir()}
+    return {name for name in halves if is_name_inside(name) and _is_gone(source, name)}
+
+
+def _is_gone(source: Path, name: str) -> bool:
+    """Whether a directory was removed; of a checkpoint the manifest goes first."""
+    root = source / name
+    return not root.is_dir() or (_training_of(name) is not None and not (root / MANIFEST).is_file())
 
 
 def _withdraw_halves(url: str, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from mlpmem_ds.core.files import FileRecord
 from mlpmem_ds.core.objects import push
 from mlpmem_ds.core.objects.contents import LocalDirectory, directories_in
 from mlpmem_ds.core.objects.fetch import pull
-from mlpmem_ds.core.objects.listing import BEGUN, FILES, read_listing
+from mlpmem_ds.core.objects.listing import BEGUN, FILES, Listing, read_listing
 from mlpmem_ds.core.objects.push import Push
 from mlpmem_ds.core.objects.store import Store
 from mlpmem_ds.core.objects.verify import verify
@@ -193,6 +193,25 @@ def test_a_directory_that_is_removed_meanwhile_is_not_damaged(
     monkeypatch.setattr(push, "fault_of_file", removing)
     with pytest.raises(FileNotFoundError):
         Push(directory_of(listed_dir), Store(memory_url)).send()
+
+
+@pytest.mark.parametrize("listed_dir", LISTS, indirect=True)
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_directory_that_is_removed_while_it_is_compared_keeps_its_whole_mirror(
+    memory_url: str, listed_dir: Path, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    """A training removes its older checkpoints at any time."""
+    Push(directory_of(listed_dir), Store(memory_url)).send()
+    again, open_mirror = directory_of(listed_dir), Push._open
+
+    def removing(self: Push) -> Listing | None:
+        shutil.rmtree(listed_dir, ignore_errors=True)
+        return open_mirror(self)
+
+    monkeypatch.setattr(Push, "_open", removing)
+    with pytest.raises(FileNotFoundError):
+        Push(again, Store(memory_url), replace=replace).send()
+    assert read_listing(Store(memory_url)) is not None
 
 
 def test_two_writers_of_one_url_leave_one_whole_mirror(url: str, stage_dir: Path, tmp_path: Path) -> None:

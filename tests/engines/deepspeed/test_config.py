@@ -199,6 +199,10 @@ def test_numbers_that_fit_are_taken(tmp_path):
             "grad_accum_dtype is 'fp23': give one of fp32, bf16",
         ),
         ('{"data_types": {"grad_accum_dtype": "bf16"}}', "'bf16' at ZeRO stage 0, where .*: remove it"),
+        (
+            '{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "int8"}}',
+            "is 'int8': give",
+        ),
         ('{"communication_data_type": 32}', "communication_data_type is 32: give one of fp32"),
         (
             '{"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "bfloat16"},'

@@ -36,14 +36,15 @@ def trained_dir(tmp_path: Path) -> Path:
     return output
 
 
-@pytest.fixture
-def removed_while_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training removes a checkpoint whose weights are about to be sent."""
+@pytest.fixture(params=["gone", "still there"])
+def removed_while_sent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training removes a checkpoint whose weights are about to be sent; or is still at it."""
     send = push.send_file
 
     def removing(store: Store, name: str, path: Path, expected: FileRecord | None) -> FileRecord:
         if name == "weights.pt":
-            shutil.rmtree(path.parent)
+            (path.parent / "manifest.json").unlink()
+            path.unlink() if request.param == "still there" else shutil.rmtree(path.parent)
         return send(store, name, path, expected)
 
     monkeypatch.setattr(push, "send_file", removing)
@@ -59,7 +60,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(keys_dir: Path, t
     (step / "weights.pt").write_bytes(b"weights")
     publish_json(step / "manifest.json", {"files": [record_file(step, "weights.pt").to_json()]}, seal=True)
     run(["mirror", output, url, "--watch", "--watch-seconds", ".05", "--checkpoints"])
-    assert Store(url).read(FILES) is not None and not step.exists()
+    assert Store(url).read(FILES) is not None
     run(["mirror", url, "--verify"])  # it is no mirror whose push has not ended
 
 
