@@ -35,7 +35,7 @@ _logger = logging.getLogger("mlpmem_ds.benchmarks")
 class Config(Flags):
     """When a memory that imitates the retriever wins, when cross entropy alone, when training the base on.
 
-    Eight settings around one, on bases that are trained on the spot: half an hour on two quiet cores. The same
+    Eight settings around one, on bases that are trained on the spot: half an hour on two cores. The same
     command continues what was interrupted.
     """
 
