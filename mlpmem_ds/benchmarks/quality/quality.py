@@ -39,8 +39,8 @@ _CUT = ("--cut-documents", "4000")
 class Config(Flags):
     """All arms on two texts, with several seeds, from text to table; docs/RESULTS.md is made of it.
 
-    On two cores with other light work and three seeds, tiny took 30 minutes, small 2½ hours and real (a
-    pretrained --base) 3½ hours. The same command continues what was interrupted.
+    On two cores with other light work and three seeds, tiny took 13 to 30 minutes, small 2½ hours and
+    real (a pretrained --base) 3½ hours. The same command continues what was interrupted.
     """
 
     example: ClassVar[str] = "python tools/bench.py quality --preset tiny --output runs/quality-tiny"
