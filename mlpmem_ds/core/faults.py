@@ -126,7 +126,7 @@ def is_failed_write(error: BaseException) -> bool:
     return not is_lost_rank(error) and any(
         isinstance(link, OSError)
         or _CUT_SHORT.search(first_line(link))
-        or any(os.strerror(number) in first_line(link) for number in _SAID_BY_LIBRARIES)
+        or _number_in_words(first_line(link)) is not None
         for link in _causes(error)
     )
 
@@ -154,6 +154,11 @@ def _of_system(number: int, error: OSError | None = None) -> str:
     return f"{os.strerror(number)}{place}; {_REMEDIES[number]}"
 
 
+def _number_in_words(text: str) -> int | None:
+    """The system's number of a fault of files that a library tells in the system's words alone."""
+    return next((number for number in _SAID_BY_LIBRARIES if os.strerror(number) in text), None)
+
+
 def _of_message(error: BaseException, memory_flags: Sequence[str]) -> str | None:
     """Of errors that libraries raise under types of their own: known by their words."""
     text = f"{type(error).__name__}: {first_line(error)}"
@@ -169,9 +174,8 @@ def _of_message(error: BaseException, memory_flags: Sequence[str]) -> str | None
         number = int(found[1] or found[2])
         if number in _REMEDIES:
             return f"{first_line(error)}; {_REMEDIES[number]}"
-    for number in _SAID_BY_LIBRARIES:
-        if os.strerror(number) in text:
-            return f"{first_line(error)}; {_REMEDIES[number]}"
+    if (said := _number_in_words(text)) is not None:
+        return f"{first_line(error)}; {_REMEDIES[said]}"
     if _CUT_SHORT.search(text):
         return (
             f"a file could not be written whole ({first_line(error)}): is the disk or a quota full? {_SPACE}"

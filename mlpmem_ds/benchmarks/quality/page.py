@@ -170,8 +170,9 @@ def _goals(results: Sequence[QualityResult]) -> list[str]:
     """Every ratio with its goal and what each preset found for it, in one table."""
     places = [(result, text) for result in results for text in _texts_of_ratios(result)]
     found = {(ratio.name, result.preset, ratio.text): ratio for result in results for ratio in result.ratios}
-    first = {name: ratio for (name, _, _), ratio in reversed(found.items())}
-    names = dict.fromkeys(name for name, _, _ in found)
+    first: dict[str, RatioResult] = {}  # by name: each preset has it with the same meaning and goal
+    for (name, _, _), ratio in found.items():
+        first.setdefault(name, ratio)
     header = [
         "quotient",
         "goal",
@@ -179,11 +180,11 @@ def _goals(results: Sequence[QualityResult]) -> list[str]:
     ]
     lines = [
         [
-            first[name].meaning,
-            first[name].goal,
+            ratio.meaning,
+            ratio.goal,
             *(_verdict(found.get((name, result.preset, text))) for result, text in places),
         ]
-        for name in names
+        for name, ratio in first.items()
     ]
     return [
         paragraph(

@@ -188,7 +188,8 @@ def _settings(preset: Preset, config: Config) -> dict[str, str]:
 def _describe_base(preset: Preset, config: Config) -> str:
     if preset.base_title is not None:
         return preset.base_title
-    return f"`{Path(str(config.base)).name}`{_fetched_from(Path(str(config.base)))}, pretrained by others"
+    base = Path(str(config.base))
+    return f"`{base.name}`{_fetched_from(base)}, pretrained by others"
 
 
 def _fetched_from(base: Path) -> str:

@@ -73,7 +73,7 @@ def _send_all(config: Config, directories: Sequence[LocalDirectory], url: str) -
             push = Push(directory, Store(place), threads=config.threads, replace=config.replace)
             lines.append(_in_words(place, push.send()))
         except FileNotFoundError:
-            if _training_of(directory.name) is None or (directory.root / MANIFEST).is_file():
+            if not _is_removed_checkpoint(directory.root, directory.name):
                 raise
             _logger.info("%s: its training has removed it meanwhile", directory.root)
     return lines
@@ -123,7 +123,11 @@ def _watch(config: Config, source: Path, url: str) -> list[str]:
                 if pushed.num_files:
                     _logger.info("%s", _in_words(place, pushed))
         with _warned_of(failures, is_first=is_first):
-            gone = {name for name in pushes if _is_gone(source, name)}
+            gone = {
+                name
+                for name in pushes
+                if not (source / name).is_dir() or _is_removed_checkpoint(source / name, name)
+            }
             was_sent = {each.name: join_url(url, each.name) in states for each in directories}
             if config.checkpoints and was_sent != cleared:
                 sent = [each for each in directories if was_sent[each.name]]
@@ -157,13 +161,13 @@ def _removed_checkpoints(source: Path, url: str, directories: Iterable[LocalDire
             names = Store(join_url(url, directory.name)).sizes(CHECKPOINTS)
             begun = _folders_of(names, BEGUN) - _folders_of(names, FILES)
             halves |= {f"{directory.name}/{name}".lstrip("/") for name in begun if _training_of(name) == ""}
-    return {name for name in halves if is_name_inside(name) and _is_gone(source, name)}
+    return {name for name in halves if is_name_inside(name) and _is_removed_checkpoint(source / name, name)}
 
 
-def _is_gone(source: Path, name: str) -> bool:
-    """Whether a directory was removed; of a checkpoint the manifest goes first."""
-    root = source / name
-    return not root.is_dir() or (_training_of(name) is not None and not (root / MANIFEST).is_file())
+def _is_removed_checkpoint(root: Path, name: str) -> bool:
+    """Whether a directory is, by its name below the URL, a checkpoint that its training has removed or is
+    removing: the manifest goes first."""
+    return _training_of(name) is not None and not (root / MANIFEST).is_file()
 
 
 def _withdraw_halves(url: str, names: Iterable[str]) -> None:

@@ -100,28 +100,37 @@ def test_checkpoints_of_a_training_that_is_not_whole_are_not_all_of_it(
     assert f"{url} is not whole" in capsys.readouterr().err
 
 
-def test_a_training_is_watched_until_its_checkpoints_are_there_too(
-    trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is complete at the second look, of which a checkpoint cannot be sent."""
-    url, later, looks, send = f"file://{tmp_path}/store/memory", tmp_path / "later", [1], push.send_file
+@pytest.fixture
+def looks(trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[the look that --watch is at], of three at most: from the second on the training is complete, and its
+    checkpoint there."""
+    later, found = tmp_path / "later", [1]
     later.mkdir()
     for name in ("manifest.json", "checkpoints"):
         (trained_dir / name).rename(later / name)
+
+    def pause(seconds: float) -> None:
+        found[0] += 1
+        assert found[0] <= 3
+        for path in later.iterdir():
+            path.rename(trained_dir / path.name)
+
+    monkeypatch.setattr(mirror.time, "sleep", pause)
+    return found
+
+
+def test_a_training_is_watched_until_its_checkpoints_are_there_too(
+    trained_dir: Path, looks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is complete at the second look, of which a checkpoint cannot be sent."""
+    url, send = f"file://{tmp_path}/store/memory", push.send_file
 
     def failing(store: Store, name: str, path: Path, expected: FileRecord | None) -> FileRecord:
         if name == "weights.pt" and looks == [2]:
             raise UserError("the store cannot be reached")
         return send(store, name, path, expected)
 
-    def pause(seconds: float) -> None:
-        looks[0] += 1
-        assert looks[0] <= 3
-        for path in later.iterdir():
-            path.rename(trained_dir / path.name)
-
     monkeypatch.setattr(push, "send_file", failing)
-    monkeypatch.setattr(mirror.time, "sleep", pause)
     run(["mirror", trained_dir, url, "--watch", "--checkpoints"])
     assert looks == [3] and Store(url).read(f"{STEP}/{FILES}") is not None
 
@@ -166,27 +175,21 @@ def test_a_checkpoint_that_was_removed_before_it_was_sent_is_withdrawn(
 
 @pytest.mark.usefixtures("removed_while_sent")
 def test_a_half_of_a_removed_checkpoint_is_withdrawn_when_the_store_is_there_again(
-    trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained_dir: Path,
+    looks: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A store that is away at this moment does not end the watch."""
-    url, later, looks, withdraw = f"file://{tmp_path}/store/memory", tmp_path / "later", [1], mirror.withdraw
-    later.mkdir()
-    for name in ("manifest.json", "checkpoints"):
-        (trained_dir / name).rename(later / name)
+    url, withdraw = f"file://{tmp_path}/store/memory", mirror.withdraw
 
     def failing(store: Store) -> None:
         if looks == [2]:
             raise UserError("the store cannot be reached")
         withdraw(store)
 
-    def pause(seconds: float) -> None:
-        looks[0] += 1
-        assert looks[0] <= 3
-        for path in later.iterdir():
-            path.rename(trained_dir / path.name)
-
     monkeypatch.setattr(mirror, "withdraw", failing)
-    monkeypatch.setattr(mirror.time, "sleep", pause)
     run(["mirror", trained_dir, url, "--watch", "--checkpoints"])
     assert looks == [3] and "the store cannot be reached" in capsys.readouterr().err
     run(["mirror", url, "--verify"])

@@ -110,22 +110,29 @@ def test_all_ranks_find_what_one_finds(
         assert np.array_equal(packed_QK, expected.packed_QK)
 
 
-def test_ranks_that_share_a_gpu_share_its_memory(
+@pytest.fixture
+def search_on_gpu(
     search: Callable[[], ListSearch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several ranks of a machine with one GPU: each would find room for its own group, and not for all."""
+) -> tuple[ListSearch, int]:
+    """As on a GPU, of lists in several runs, and the bytes that a group of all lists takes."""
     monkeypatch.setattr(layout, "RUN_POSITIONS", 150)
     found = search()
     found.prepare()
     assert found.mapped is not None
-    needed = found.mapped.keys.num_bytes + 12 * NUM_KEYS
-    gpu = torch.device("cuda", 0)
-    found.device = gpu
+    found.device = torch.device("cuda", 0)
+    return found, found.mapped.keys.num_bytes + 12 * NUM_KEYS
+
+
+def test_ranks_that_share_a_gpu_share_its_memory(
+    search_on_gpu: tuple[ListSearch, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranks of a machine with one GPU: each would find room for its own group, and not for all."""
+    found, needed = search_on_gpu
     monkeypatch.setattr(list_owners, "memory_bytes", lambda device: 2 * needed)
     monkeypatch.setattr(list_owners, "free_host_bytes", lambda: 1 << 40)
     monkeypatch.setattr(list_owners, "identity_of", lambda device: "GPU-1")
     monkeypatch.setattr(ListedKeys, "group", lambda self, first, stop, device=CPU: device)
-    for other, expected in (("GPU-2", gpu), ("GPU-1", CPU)):
+    for other, expected in (("GPU-2", found.device), ("GPU-1", CPU)):
         ranks: Any = SimpleNamespace(rank=0, size=2, gather=lambda own, other=other: [own, (own[0], other)])
         assert ListOwners(found, ranks)._take(0, 7) == expected
 
@@ -143,7 +150,7 @@ def test_ranks_that_share_a_gpu_share_its_memory(
     ],
 )
 def test_ranks_without_an_exchange_leave_each_other_room(
-    search: Callable[[], ListSearch],
+    search_on_gpu: tuple[ListSearch, int],
     monkeypatch: pytest.MonkeyPatch,
     local_size: int | None,
     visible: int,
@@ -152,12 +159,8 @@ def test_ranks_without_an_exchange_leave_each_other_room(
     expected: str,
 ) -> None:
     """Each holds all lists, and all measure the same free memory at once."""
-    monkeypatch.setattr(layout, "RUN_POSITIONS", 150)
-    found = search()
-    found.prepare()
-    assert found.mapped is not None
-    needed = found.mapped.keys.num_bytes + 12 * NUM_KEYS
-    found.device, found.world = torch.device("cuda", 0), World(size=8, local_size=local_size)
+    found, needed = search_on_gpu
+    found.world = World(size=8, local_size=local_size)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(list_owners, "memory_bytes", lambda device: gpu_holds * needed)
     monkeypatch.setattr(list_owners, "free_host_bytes", lambda: host_holds * needed)
